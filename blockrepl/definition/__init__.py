@@ -1,0 +1,28 @@
+"""``targets/*.toml``: the definition of one consistency group, read and checked.
+
+The same file serves every node and every command. `load` gives a `Definition` in which everything has been checked
+once; behind it nobody checks again. `check` gives every problem of a file instead of the first.
+
+``model`` has the tables of a file and look-ups in them, ``values`` sizes and addresses, ``shape`` turns a wrong key or
+type into a message, ``checks`` finds what is wrong in a file of the right shape, ``reading`` joins them.
+"""
+
+from blockrepl.definition.model import NO_SECONDARY, Definition, Group, Node, Policy, Role, Volume
+from blockrepl.definition.reading import check, load
+from blockrepl.definition.values import Address, Size, parse_address, parse_size
+
+__all__ = [
+    "NO_SECONDARY",
+    "Address",
+    "Definition",
+    "Group",
+    "Node",
+    "Policy",
+    "Role",
+    "Size",
+    "Volume",
+    "check",
+    "load",
+    "parse_address",
+    "parse_size",
+]

@@ -1,0 +1,175 @@
+"""The tables of a definition, and look-ups in them. What `load` returns has been checked."""
+
+from __future__ import annotations
+
+import difflib
+import socket
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import msgspec
+
+from blockrepl.definition.values import Address, Size
+from blockrepl.errors import DefinitionError, UsageError
+
+NO_SECONDARY = "none"
+GROUP_NAMESPACE = uuid.UUID(
+    "5cf2a1c6-51a7-5d0c-9a0c-6f0d6e9c7b11"
+)  # a random one; changing it changes every derived id
+
+Role = Literal["primary", "intermediate", "secondary"]
+Frontend = Literal["nbd", "loop"]
+
+
+class Group(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The consistency group."""
+
+    name: str
+    id: uuid.UUID | None = None
+    block_size: int = 4096
+    journal: Size = Size(256 << 20)
+    secondary_journal: Size = Size(256 << 20)
+    mode: Literal["journal", "volumes"] = "journal"
+    fence: Literal["data", "never"] = "data"
+
+
+class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How often and how long. Seconds and bytes."""
+
+    heartbeat_s: float = 1.0
+    link_timeout_s: float = 5.0
+    hold_s: float = 30.0
+    checkpoint_s: float = 1.0
+    checkpoint_bytes: Size = Size(64 << 20)
+    round_s: float = 0.01
+    round_bytes: Size = Size(8 << 20)
+
+
+class Node(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One node. ``directory`` is absolute after `load`; ``id`` is its place in the file unless given."""
+
+    name: str
+    role: Role
+    directory: Path
+    host: str = "local"
+    listen: Address | None = None
+    nbd: Address | None = None
+    id: int = 0
+
+    @property
+    def control_path(self) -> Path:
+        """Of the control socket. May be longer than a socket address allows: reach it through the directory."""
+        return self.directory / "control.sock"
+
+    @property
+    def address(self) -> Address:
+        """Where its peers dial; only for roles that listen."""
+        assert self.listen is not None, f"node {self.name} does not listen"
+        return self.listen
+
+
+class Volume(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One volume: its P-VOL, and its S-VOL unless ``secondary`` is "none". ``id`` as for `Node`."""
+
+    name: str
+    size: Size
+    primary: str
+    secondary: str
+    frontends: tuple[Frontend, ...] = ("nbd", "loop")
+    lun: int | None = None
+    id: int = 0
+
+    @property
+    def size_bytes(self) -> int:
+        """A plain integer."""
+        return int(self.size)
+
+    @property
+    def replicated(self) -> bool:
+        """False for SMPL: a plain target without a pair."""
+        return self.secondary != NO_SECONDARY
+
+
+class Definition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A whole file. ``path`` is where it was read."""
+
+    group: Group
+    nodes: tuple[Node, ...] = msgspec.field(name="node")
+    volumes: tuple[Volume, ...] = msgspec.field(name="volume")
+    policy: Policy = Policy()
+    path: Path = msgspec.field(name="(path)", default=Path())
+
+    @property
+    def name(self) -> str:
+        """Of the group."""
+        return self.group.name
+
+    @property
+    def group_id(self) -> uuid.UUID:
+        """The identity that journals and links carry; derived from the name when the file gives none."""
+        return self.group.id or uuid.uuid5(GROUP_NAMESPACE, self.group.name)
+
+    @property
+    def block_size_bytes(self) -> int:
+        """512 or 4096."""
+        return self.group.block_size
+
+    @property
+    def primaries(self) -> tuple[Node, ...]:
+        """In file order."""
+        return tuple(node for node in self.nodes if node.role == "primary")
+
+    @property
+    def secondaries(self) -> tuple[Node, ...]:
+        """In file order."""
+        return tuple(node for node in self.nodes if node.role == "secondary")
+
+    @property
+    def replicated(self) -> bool:
+        """True when at least one volume has a secondary; then there is an intermediate."""
+        return any(volume.replicated for volume in self.volumes)
+
+    @property
+    def intermediate(self) -> Node:
+        """The one intermediate. Raises DefinitionError in a group of plain targets that has none."""
+        for node in self.nodes:
+            if node.role == "intermediate":
+                return node
+        raise DefinitionError(f"{self.path}: $.node", "this group has no intermediate: it only has plain targets")
+
+    def node(self, name: str) -> Node:
+        """The node called ``name``. Raises UsageError that names those there are."""
+        return _lookup("node", name, self.nodes, self.path)
+
+    def volume(self, name: str) -> Volume:
+        """The volume called ``name``. Raises UsageError that names those there are."""
+        return _lookup("volume", name, self.volumes, self.path)
+
+    def volumes_of_primary(self, node: str) -> tuple[Volume, ...]:
+        """Those whose P-VOL is at ``node``."""
+        return tuple(volume for volume in self.volumes if volume.primary == node)
+
+    def volumes_of_secondary(self, node: str) -> tuple[Volume, ...]:
+        """Those whose S-VOL is at ``node``."""
+        return tuple(volume for volume in self.volumes if volume.secondary == node)
+
+    def local_nodes(self) -> tuple[Node, ...]:
+        """Those that belong on this machine: host "local", or its host name, short or full."""
+        hostname = socket.gethostname()
+        here = {"local", hostname, hostname.partition(".")[0]}
+        return tuple(node for node in self.nodes if node.host in here)
+
+
+Named = TypeVar("Named", Node, Volume)
+
+
+def _lookup(noun: str, name: str, items: Sequence[Named], path: Path) -> Named:
+    for item in items:
+        if item.name == name:
+            return item
+    names = [item.name for item in items]
+    near = difflib.get_close_matches(name, names, 1)
+    hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(names)}"
+    raise UsageError(f'{path} has no {noun} "{name}"', hint=hint)
