@@ -91,8 +91,8 @@ class Volume(ABC):
     def submit(self, batch: WriteBatch) -> bool:
         """Take a batch.
 
-        True: it is complete, ``batch.errors`` is set, the chunk is released, and ``done`` is not called. False: ``done``
-        is called later. Batches that overlap are stored in the order submitted.
+        True: it is complete, ``batch.errors`` is set, the chunk is released, and ``done`` is not called. False:
+        ``done`` is called later. Batches that overlap are stored in the order submitted.
         """
 
     @abstractmethod

@@ -38,8 +38,8 @@ class DiskThread:
     """Writes and syncs in the order queued; callbacks run on the event loop, many in one wake-up.
 
     Order: a sync covers every write queued before it. Several queued syncs of one file become one call. A failed
-    write is reported to its own callback and also fails the next sync of that file: an fsync that succeeds after a failed write
-    proves nothing (PROTOCOL, rule 11).
+    write is reported to its own callback and also fails the next sync of that file: an fsync that succeeds after a
+    failed write proves nothing (PROTOCOL, rule 11).
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, name: str) -> None:

@@ -1,0 +1,176 @@
+"""What each role keeps durably beside its records: the blob in the journal's superblock, or a primary's state file.
+
+Source: PROTOCOL rules 1, 9, 22. Big-endian; numbers are sequence numbers. All watermarks are durable ones: what was
+numbered but never synced is not in here, because it may be numbered again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from construct import Const, Construct, Flag, Int8ub, Int16ub, Int32ub, Int64ub, PrefixedArray, Struct
+from construct.core import ConstructError
+
+from blockrepl.errors import DamagedError
+from blockrepl.formats.link import NO_EPOCH, Epoch, epoch_id
+
+STATE_VERSION = 1
+
+_history = PrefixedArray(Int16ub, Struct("epoch" / epoch_id, "last" / Int64ub))
+_primary = Struct(
+    "version" / Const(STATE_VERSION, Int8ub),
+    "epoch" / epoch_id,
+    "promised" / epoch_id,
+    "incarnation" / Int32ub,
+    "checkpoint" / Int64ub,
+)
+_intermediate = Struct(
+    "version" / Const(STATE_VERSION, Int8ub),
+    "epoch" / epoch_id,
+    "promised" / epoch_id,
+    "history" / _history,
+    "incarnation" / Int32ub,
+    "durable" / Int64ub,
+    "validated" / Int64ub,
+    "primaries"
+    / PrefixedArray(
+        Int16ub,
+        Struct(
+            "node" / Int16ub,
+            "incarnation" / Int32ub,
+            "batch" / Int64ub,
+            "last" / Int64ub,
+            "checkpoint" / Int64ub,
+        ),
+    ),
+    "streams" / PrefixedArray(Int16ub, Struct("node" / Int16ub, "last" / Int64ub)),
+)
+_secondary = Struct(
+    "version" / Const(STATE_VERSION, Int8ub),
+    "epoch" / epoch_id,
+    "promised" / epoch_id,
+    "history" / _history,
+    "number" / Int64ub,
+    "members" / PrefixedArray(Int8ub, Int16ub),
+    "active" / Flag,
+    "writable" / Flag,
+    "held" / Int64ub,
+    "prepared" / Int64ub,
+    "validated" / Int64ub,
+    "applied" / Int64ub,
+)
+
+
+@dataclass(slots=True)
+class PrimaryState:
+    """A primary's state file."""
+
+    epoch: Epoch = NO_EPOCH
+    promised: Epoch = NO_EPOCH
+    incarnation: int = 0  # raised durably by every process
+    checkpoint: int = 0  # everything of this primary up to it is durable in its P-VOLs
+
+
+@dataclass(slots=True)
+class PrimaryRow:
+    """What the intermediate keeps of one primary."""
+
+    node: int
+    incarnation: int = 0
+    batch: int = 0  # last durable batch of that incarnation
+    last: int = 0  # its last durable number
+    checkpoint: int = 0
+
+
+@dataclass(slots=True)
+class IntermediateState:
+    """The blob in the intermediate's journal."""
+
+    epoch: Epoch = NO_EPOCH
+    promised: Epoch = NO_EPOCH
+    history: list[tuple[Epoch, int]] = field(default_factory=list)
+    incarnation: int = 0
+    durable: int = 0
+    validated: int = 0
+    primaries: list[PrimaryRow] = field(default_factory=list)
+    streams: list[tuple[int, int]] = field(default_factory=list)  # (secondary, its last durable number)
+
+
+@dataclass(slots=True)
+class SecondaryState:
+    """The blob in a secondary's journal."""
+
+    epoch: Epoch = NO_EPOCH
+    promised: Epoch = NO_EPOCH
+    history: list[tuple[Epoch, int]] = field(default_factory=list)
+    number: int = 0  # the last number before the stored epoch
+    members: list[int] = field(default_factory=list)
+    active: bool = False
+    writable: bool = False
+    held: int = 0  # last record's number, durable here
+    prepared: int = 0  # greatest note
+    validated: int = 0
+    applied: int = 0  # durable in the S-VOLs up to here
+
+
+def _build(layout: Construct, state: Any) -> bytes:
+    values = asdict(state)
+    for name in ("epoch", "promised"):
+        values[name] = getattr(state, name)._asdict()
+    if "history" in values:
+        values["history"] = [{"epoch": epoch._asdict(), "last": last} for epoch, last in state.history]
+    if "streams" in values:
+        values["streams"] = [{"node": node, "last": last} for node, last in state.streams]
+    built: bytes = layout.build(values)
+    return built
+
+
+def _parse(layout: Construct, blob: bytes, what: str) -> dict[str, Any]:
+    try:
+        parsed = layout.parse(blob)
+    except ConstructError as error:
+        raise DamagedError(f"{what}: not a state of version {STATE_VERSION}: {error}") from error
+    values = {name: value for name, value in parsed.items() if name not in ("_io", "version")}
+    for name in ("epoch", "promised"):
+        values[name] = Epoch(values[name]["number"], values[name]["id"])
+    if "history" in values:
+        values["history"] = [(Epoch(row.epoch.number, row.epoch.id), row.last) for row in values["history"]]
+    return values
+
+
+def encode_primary(state: PrimaryState) -> bytes:
+    """Bytes for the state file."""
+    return _build(_primary, state)
+
+
+def decode_primary(blob: bytes) -> PrimaryState:
+    """Raises DamagedError."""
+    return PrimaryState(**_parse(_primary, blob, "primary state"))
+
+
+def encode_intermediate(state: IntermediateState) -> bytes:
+    """Bytes for the superblock's blob."""
+    return _build(_intermediate, state)
+
+
+def decode_intermediate(blob: bytes) -> IntermediateState:
+    """Raises DamagedError."""
+    values = _parse(_intermediate, blob, "intermediate state")
+    values["primaries"] = [
+        PrimaryRow(row.node, row.incarnation, row.batch, row.last, row.checkpoint) for row in values["primaries"]
+    ]
+    values["streams"] = [(row.node, row.last) for row in values["streams"]]
+    return IntermediateState(**values)
+
+
+def encode_secondary(state: SecondaryState) -> bytes:
+    """Bytes for the superblock's blob."""
+    return _build(_secondary, state)
+
+
+def decode_secondary(blob: bytes) -> SecondaryState:
+    """Raises DamagedError."""
+    values = _parse(_secondary, blob, "secondary state")
+    values["members"] = list(values["members"])
+    return SecondaryState(**values)

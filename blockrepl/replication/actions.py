@@ -1,0 +1,153 @@
+"""What a role asks its host to do. A host performs them in order; nothing here touches a socket, a disk or a clock.
+
+Links are named by small integers that the host gives and never reuses within a process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from blockrepl.block import Buffer, WriteBatch
+from blockrepl.chunks import Chunk
+from blockrepl.formats.record import RecordHead
+
+
+@dataclass(slots=True)
+class Send:
+    """Send buffers on a link, in order. One use of ``chunk`` passes on."""
+
+    link: int
+    buffers: Sequence[Buffer]
+    chunk: Chunk | None = None
+
+
+@dataclass(slots=True)
+class Close:
+    """Close a link; unread input is dropped. ``last_words`` is a whole REFUSED message or empty."""
+
+    link: int
+    reason: str
+    last_words: bytes = b""
+
+
+@dataclass(slots=True)
+class Append:
+    """Append a record to this node's journal. Answered by `durable` (intermediate) or by the answer to `Sync`."""
+
+    head: RecordHead
+    record: memoryview
+    chunk: Chunk
+
+
+@dataclass(slots=True)
+class AppendNote:
+    """Append the note "prepared ``number``" to a secondary's journal and sync; answered by `noted(number)`."""
+
+    number: int
+
+
+@dataclass(slots=True)
+class SyncJournal:
+    """Sync all that was appended; answered by `synced(token)`."""
+
+    token: int
+
+
+@dataclass(slots=True)
+class SaveState:
+    """Write the role's `state` durably; answered by `saved(token)`."""
+
+    token: int
+
+
+@dataclass(slots=True)
+class Transmit:
+    """Send records of stream ``node`` above ``after`` on ``link``, about ``limit_bytes`` of frames.
+
+    Answered by `transmitted(node, link, last number, frame bytes)`.
+    """
+
+    node: int
+    link: int
+    after: int
+    through: int
+    limit_bytes: int
+
+
+@dataclass(slots=True)
+class Replay:
+    """Send a primary its own records above ``after`` up to ``through``, then the message ``end``."""
+
+    link: int
+    sender: int
+    after: int
+    through: int
+    end: bytes
+
+
+@dataclass(slots=True)
+class Trim:
+    """Every record up to ``number`` may go from this node's journal."""
+
+    number: int
+
+
+@dataclass(slots=True)
+class Truncate:
+    """Discard records above ``number`` from this node's journal, durably; answered by `truncated(writes, bytes)`."""
+
+    number: int
+
+
+@dataclass(slots=True)
+class Apply:
+    """Store all held records up to ``number`` in the S-VOLs, in order; answered by `applied(number)`."""
+
+    number: int
+
+
+@dataclass(slots=True)
+class SyncVolumes:
+    """Sync the images of this node; answered by `volumes_synced(token)`. The number is taken before the sync."""
+
+    token: int
+
+
+@dataclass(slots=True)
+class StoreBatch:
+    """The batch is durable in the journal: store it in its P-VOL, then complete it to the host."""
+
+    volume: int
+    batch: WriteBatch
+
+
+@dataclass(slots=True)
+class StoreRecord:
+    """Replay: store this record in the P-VOLs."""
+
+    head: RecordHead
+    record: memoryview
+
+
+@dataclass(slots=True)
+class FailBatch:
+    """Complete the batch to the host with an I/O error; its payload is still needed."""
+
+    volume: int
+    batch: WriteBatch
+    reason: str
+
+
+@dataclass(slots=True)
+class Event:
+    """Something people want to know: goes to the log and to status."""
+
+    text: str
+    fields: dict[str, object] = field(default_factory=dict)
+
+
+Action = (
+    Send | Close | Append | AppendNote | SyncJournal | SaveState | Transmit | Replay | Trim | Truncate | Apply
+    | SyncVolumes | StoreBatch | StoreRecord | FailBatch | Event
+)  # fmt: skip
