@@ -154,6 +154,7 @@ _bodies: dict[int, Any] = {
     Message.HEARTBEAT: Struct(
         "stamp_ns" / Int64ub,  # sender's boot-time clock
         "echo_ns" / Int64ub,  # newest stamp received from the peer
+        "numbered" / Int64ub,
         "validated" / Int64ub,
         "applied" / Int64ub,
         "credit" / Int64ub,
@@ -189,9 +190,7 @@ _bodies: dict[int, Any] = {
         "active" / Flag,
         "number" / Int64ub,  # where the stored epoch began
         "members" / PrefixedArray(Int8ub, Int16ub),
-        "beyond_writes"
-        / Int64ub,  # records held durably, for a report of what is given up: (last, writes, bytes) below
-        "tail" / PrefixedArray(Int16ub, Struct("last" / Int64ub, "writes" / Int32ub, "payload_bytes" / Int64ub)),
+        "numbered" / Int64ub,  # S: the highest number it heard the intermediate give; for a report of what is lost
     ),
     Message.STORE: Struct(
         "promise" / epoch_id,  # the authority: must be the receiver's promised epoch
@@ -199,8 +198,14 @@ _bodies: dict[int, Any] = {
         "number" / Int64ub,  # the last number of the history before this epoch
         "truncate" / Flag,  # discard what is held beyond it (takeover); else keep (the intermediate goes on)
         "members" / PrefixedArray(Int8ub, Int16ub),
+        "dry_run" / Flag,  # store nothing, only say what would be discarded
     ),
-    Message.STORED: Struct("epoch" / epoch_id, "applied" / Int64ub),
+    Message.STORED: Struct(
+        "epoch" / epoch_id,
+        "applied" / Int64ub,
+        "discarded_writes" / Int64ub,
+        "discarded_bytes" / Int64ub,  # payload
+    ),
     Message.ACTIVATE: Struct("epoch" / epoch_id, "writable" / Flag),
     Message.ACTIVATED: Struct("epoch" / epoch_id),
 }
