@@ -7,31 +7,47 @@ all of it (group commit). An executor hop per sync cost a third of the throughpu
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 from blockrepl.block import Buffer
 
 IOV_MAX = 1000
+ROUND_MAX = 4096  # operations before a sync that waits gets its turn
 Done = Callable[[OSError | None], None]
+DoneThrough = Callable[[int, OSError | None], None]
+"""Called with the position that a sync covers, and its error."""
+What = Sequence[Buffer] | Callable[[], None] | None
 
 
 def write_all(fd: int, offset: int, buffers: Sequence[Buffer]) -> None:
     """``pwritev`` until everything is written. Raises OSError."""
-    pending = list(buffers)
-    while pending:
-        part = pending[:IOV_MAX]
-        written = os.pwritev(fd, part, offset)
-        offset += written
-        index = 0
-        while index < len(part) and written >= len(part[index]):
-            written -= len(part[index])
-            index += 1
-        if written:
-            pending[index] = memoryview(pending[index])[written:]
-        del pending[:index]
+    for start in range(0, len(buffers), IOV_MAX):
+        part = buffers[start : start + IOV_MAX]
+        missing = sum(map(len, part))
+        while missing:
+            written = os.pwritev(fd, part, offset)
+            if not written:
+                raise OSError(errno.EIO, "nothing was written")
+            offset += written
+            missing -= written
+            if missing:
+                part = _after(part, written)
+
+
+def _after(buffers: Sequence[Buffer], written: int) -> list[Buffer]:
+    """What is left of ``buffers`` when ``written`` bytes of them are gone."""
+    for index, buffer in enumerate(buffers):
+        if written < len(buffer):
+            return [memoryview(buffer)[written:], *buffers[index + 1 :]]
+        written -= len(buffer)
+    return []
 
 
 class DiskThread:
@@ -44,9 +60,9 @@ class DiskThread:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, name: str) -> None:
         self._loop = loop
-        self._queue: deque[tuple[int, int, Sequence[Buffer] | Callable[[], None] | None, Done | None]] = deque()
+        self._queue: deque[tuple[int, int, What, Any]] = deque()
         self._wake = threading.Event()
-        self._results: deque[tuple[Done, OSError | None]] = deque()
+        self._results: deque[Callable[[], None]] = deque()
         self._posted = False
         self._stop = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -60,6 +76,14 @@ class DiskThread:
     def sync(self, fd: int, done: Done) -> None:
         """Queue an fdatasync."""
         self._queue.append((fd, -1, None, done))
+        self._wake.set()
+
+    def sync_through(self, fd: int, position: int, done: DoneThrough) -> None:
+        """Queue an fdatasync that covers ``position``; positions of a file ascend.
+
+        Of those that become one call only the last is answered: one callback per fdatasync, not per request.
+        """
+        self._queue.append((fd, position, None, done))
         self._wake.set()
 
     def call(self, function: Callable[[], None], done: Done) -> None:
@@ -77,50 +101,70 @@ class DiskThread:
         queue, wake = self._queue, self._wake
         failed: dict[int, OSError] = {}
         while True:
-            if not queue:
-                if self._stop:
-                    return
+            if queue:
+                self._round(failed)
+            elif self._stop:
+                return
+            else:
                 wake.wait()
                 wake.clear()
-                continue
-            syncs: dict[int, list[Done]] = {}
-            while queue:
-                fd, offset, what, done = queue.popleft()
-                if what is None:
-                    assert done is not None
-                    syncs.setdefault(fd, []).append(done)
-                    continue
-                error: OSError | None = None
-                try:
-                    if callable(what):
-                        what()
-                    else:
-                        write_all(fd, offset, what)
-                except OSError as raised:
-                    error = raised
-                    if fd >= 0:
-                        failed[fd] = raised
-                if done is not None:
-                    self._post(done, error)
-            for fd, dones in syncs.items():
-                error = failed.pop(fd, None)
-                if error is None:
-                    try:
-                        os.fdatasync(fd)
-                    except OSError as raised:
-                        error = raised
-                for done in dones:
-                    self._post(done, error)
 
-    def _post(self, done: Done, error: OSError | None) -> None:
-        self._results.append((done, error))
+    def _round(self, failed: dict[int, OSError]) -> None:
+        """Perform what is queued, then the syncs among it, each file once."""
+        queue = self._queue
+        syncs: dict[int, list[Done]] = {}
+        throughs: dict[int, tuple[int, DoneThrough]] = {}
+        left = ROUND_MAX
+        while queue and left:
+            left -= 1
+            fd, offset, what, done = queue.popleft()
+            if what is None:
+                if offset < 0:
+                    syncs.setdefault(fd, []).append(done)
+                else:
+                    throughs[fd] = offset, done
+                    syncs.setdefault(fd, [])
+                continue
+            error = _perform(fd, offset, what)
+            if error is not None and fd >= 0:
+                failed[fd] = error
+            if done is not None:
+                self._post(partial(done, error))
+        for fd, dones in syncs.items():
+            error = failed.pop(fd, None) or _perform(fd, 0, partial(os.fdatasync, fd))
+            if fd in throughs:
+                position, done = throughs[fd]
+                self._post(partial(done, position, error))
+            for done in dones:
+                self._post(partial(done, error))
+
+    def _post(self, result: Callable[[], None]) -> None:
+        self._results.append(result)
         if not self._posted:
             self._posted = True
-            self._loop.call_soon_threadsafe(self._deliver)
+            # A loop that is closed has nobody left to tell.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._deliver)
 
     def _deliver(self) -> None:
         self._posted = False
         results = self._results
-        while results:
-            done, error = results.popleft()
-            done(error)
+        try:
+            while results:
+                results.popleft()()
+        finally:
+            if results:  # a callback raised: the others are told all the same
+                self._loop.call_soon(self._deliver)
+
+
+def _perform(fd: int, offset: int, what: Sequence[Buffer] | Callable[[], None]) -> OSError | None:
+    try:
+        if callable(what):
+            what()
+        else:
+            write_all(fd, offset, what)
+    except OSError as error:
+        return error
+    except Exception as error:  # our own mistake; but a thread that dies of it would leave everybody waiting
+        return OSError(errno.EIO, f"{type(error).__name__}: {error}")
+    return None
