@@ -53,6 +53,7 @@ _secondary = Struct(
     "history" / _history,
     "number" / Int64ub,
     "members" / PrefixedArray(Int8ub, Int16ub),
+    "rolling" / Flag,
     "active" / Flag,
     "writable" / Flag,
     "held" / Int64ub,
@@ -106,6 +107,7 @@ class SecondaryState:
     history: list[tuple[Epoch, int]] = field(default_factory=list)
     number: int = 0  # the last number before the stored epoch
     members: list[int] = field(default_factory=list)
+    rolling: bool = False  # the stored epoch came from a takeover: go to its number, wait to be activated
     active: bool = False
     writable: bool = False
     held: int = 0  # last record's number, durable here

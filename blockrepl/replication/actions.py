@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from blockrepl.block import Buffer, WriteBatch
 from blockrepl.chunks import Chunk
@@ -42,9 +43,10 @@ class Append:
 
 @dataclass(slots=True)
 class AppendNote:
-    """Append the note "prepared ``number``" to a secondary's journal and sync; answered by `noted(number)`."""
+    """Append the note "prepared ``number`` in this epoch" to a secondary's journal and sync; answered by `noted`."""
 
     number: int
+    epoch: int
 
 
 @dataclass(slots=True)
@@ -95,9 +97,14 @@ class Trim:
 
 @dataclass(slots=True)
 class Truncate:
-    """Discard records above ``number`` from this node's journal, durably; answered by `truncated(writes, bytes)`."""
+    """Discard records above ``number`` from this node's journal, durably; with ``dry_run`` only count them.
+
+    Answered by `truncated(token, writes, payload bytes, last record left)`.
+    """
 
     number: int
+    token: int
+    dry_run: bool
 
 
 @dataclass(slots=True)
@@ -116,10 +123,11 @@ class SyncVolumes:
 
 @dataclass(slots=True)
 class StoreBatch:
-    """The batch is durable in the journal: store it in its P-VOL, then complete it to the host."""
+    """The batch is durable in the journal: store it in its P-VOL, then complete it to the host if ``report``."""
 
     volume: int
     batch: WriteBatch
+    report: bool
 
 
 @dataclass(slots=True)
@@ -140,6 +148,23 @@ class FailBatch:
 
 
 @dataclass(slots=True)
+class DigestBlocks:
+    """Read a range of a P-VOL and digest its blocks; answered by `digest_ready(token, digests)`."""
+
+    volume: int
+    offset_bytes: int
+    length_bytes: int
+    token: int
+
+
+@dataclass(slots=True)
+class Digested:
+    """The secondary has compared a digest record; ``fields`` as in link message DIGESTED."""
+
+    fields: dict[str, Any]
+
+
+@dataclass(slots=True)
 class Event:
     """Something people want to know: goes to the log and to status."""
 
@@ -149,5 +174,5 @@ class Event:
 
 Action = (
     Send | Close | Append | AppendNote | SyncJournal | SaveState | Transmit | Replay | Trim | Truncate | Apply
-    | SyncVolumes | StoreBatch | StoreRecord | FailBatch | Event
+    | SyncVolumes | StoreBatch | StoreRecord | FailBatch | DigestBlocks | Digested | Event
 )  # fmt: skip

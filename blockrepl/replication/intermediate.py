@@ -1,0 +1,462 @@
+"""The intermediate: one counter that orders all writes of a consistency group, and their way into the journal and on.
+
+It performs no I/O. Host writes come in as batches (`batch`), are numbered and appended; `durable` says that the journal
+is synced up to a number: only then are they acknowledged and sent to the secondaries. Epochs are opened here when
+production starts or goes on (`opening.py`); a takeover freezes it (PROTOCOL, rules 1, 9, 10, 12, 22 to 25).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from blockrepl.chunks import Chunk
+from blockrepl.errors import ProtocolError, SequenceGapError
+from blockrepl.formats.link import (
+    FEATURES,
+    VERSION_MAX,
+    VERSION_MIN,
+    Epoch,
+    LinkRole,
+    Message,
+    Refusal,
+    encode,
+)
+from blockrepl.formats.record import RecordHead, frame_bytes, number_record
+from blockrepl.formats.state import IntermediateState
+from blockrepl.replication.actions import Action, Append, Close, Event, Replay, SaveState, Send
+from blockrepl.replication.hop1 import Sender, Senders
+from blockrepl.replication.opening import Opening, Phase
+from blockrepl.replication.policy import Policy
+from blockrepl.replication.streams import Streams
+
+
+class Intermediate:
+    """The intermediate of a group.
+
+    Invariant: validated <= min prepared <= sent <= durable <= numbered; nothing undurable is acknowledged or sent.
+    """
+
+    def __init__(
+        self,
+        *,
+        group: bytes,
+        node: int,
+        name: str,
+        primaries: list[int],
+        secondaries: list[int],
+        state: IntermediateState,
+        policy: Policy,
+        new_id: Callable[[], bytes],
+        alone: bool = False,
+    ) -> None:
+        """``state.incarnation`` was raised durably by this process. ``new_id`` gives 16 random bytes."""
+        self.group = group
+        self.node = node
+        self.name = name
+        self.policy = policy
+        self.state = state
+        self.numbered = self.durable_number = state.durable
+        self.senders = Senders(primaries, state.primaries, policy.window_bytes)
+        self.streams = Streams(secondaries, state.epoch.number, policy.round_s, policy.round_bytes)
+        self.streams.validated = state.validated
+        for stream_node, last in state.streams:
+            stream = self.streams.by_node[stream_node]
+            stream.last = stream.durable = last
+        self.opening = Opening(self, new_id, alone=alone)
+        self.numbered_bytes = 0
+        self._appended: deque[tuple[int, Sender, int, int, int, int]] = deque()
+        self._beat_s = 0.0
+        self._token = 0
+        self._on_saved: dict[int, Callable[[float], list[Action]]] = {}
+        self._hello_links: dict[int, int] = {}  # links to secondaries on which HELLO went out, and their node
+        self._heard_s: dict[int, float] = {}
+        self._nonces: dict[int, bytes] = {}
+        self.opener_link = 0
+
+    # start
+
+    def recovered(self, head: RecordHead) -> None:
+        """A record found in the journal at start, in order. All of them are synced again before `start`."""
+        if head.last <= self.numbered:
+            return
+        self.numbered = self.durable_number = head.last
+        self.senders.recovered(head.sender, head.incarnation, head.batch, head.last)
+        stream = self.streams.by_node[head.stream]
+        stream.last = stream.durable = head.last
+
+    @property
+    def phase(self) -> Phase:
+        """Where it is; it numbers only in SERVING."""
+        return self.opening.phase
+
+    def durable_state(self) -> IntermediateState:
+        """What the superblock keeps; durable watermarks only."""
+        state = self.state
+        state.durable = self.durable_number
+        state.validated = self.streams.validated
+        state.primaries = [sender.row() for sender in self.senders.by_node.values()]
+        state.streams = [(stream.node, stream.durable) for stream in self.streams.by_node.values()]
+        return state
+
+    def save(self, then: Callable[[float], list[Action]]) -> SaveState:
+        """Ask for the state to be stored; ``then`` runs when it is durable."""
+        self._token += 1
+        self._on_saved[self._token] = then
+        return SaveState(self._token)
+
+    def saved(self, token: int, now_s: float) -> list[Action]:
+        """The state is durable."""
+        return self._on_saved.pop(token)(now_s)
+
+    # hop 1: links
+
+    def accepted(self, link: int, fields: dict[str, Any], now_s: float) -> list[Action]:
+        """A HELLO arrived on an incoming link."""
+        problem = self._check_hello(fields)
+        if problem is not None:
+            return [self._refuse(link, *problem)]
+        if fields["role"] == LinkRole.OPENER:
+            return self._greet_opener(link, fields)
+        return self._greet_primary(link, fields, now_s)
+
+    def _check_hello(self, fields: dict[str, Any]) -> tuple[Refusal, str] | None:
+        if not fields["version_min"] <= VERSION_MAX or fields["version_max"] < VERSION_MIN:
+            return Refusal.VERSION, f"this end speaks link versions {VERSION_MIN} to {VERSION_MAX}"
+        if fields["group"] != self.group:
+            return Refusal.GROUP, f"{self.name} belongs to another group"
+        if fields["peer"] != self.node:
+            return Refusal.NODE, f"this is node {self.node}, not {fields['peer']}"
+        if fields["role"] == LinkRole.PRIMARY:
+            if fields["node"] not in self.senders.by_node:
+                return Refusal.NODE, f"node {fields['node']} is no primary of this group"
+        elif fields["role"] != LinkRole.OPENER:
+            return Refusal.ROLE, "an intermediate takes links of primaries and of openers"
+        return None
+
+    def _refuse(self, link: int, code: Refusal, text: str) -> Close:
+        return Close(link, text, self.refusal(code, text))
+
+    def refusal(self, code: Refusal, text: str) -> bytes:
+        """A REFUSED message that names our epochs."""
+        state = self.state
+        promised = max(state.promised, self.opening.higher)
+        return encode(
+            Message.REFUSED, state.epoch.number, code=code, epoch=state.epoch, promised=promised, text=text
+        )  # fmt: skip
+
+    def _greet_primary(self, link: int, fields: dict[str, Any], now_s: float) -> list[Action]:
+        sender = self.senders.by_node[fields["node"]]
+        if self.opening.phase in (Phase.FENCED, Phase.FAILED):
+            code = Refusal.EPOCH if self.opening.phase is Phase.FENCED else Refusal.STATE
+            return [self._refuse(link, code, self.opening.reason)]
+        if fields["incarnation"] < sender.incarnation:
+            text = f"incarnation {fields['incarnation']} is dead, {sender.incarnation} lives"
+            return [self._refuse(link, Refusal.STALE, text)]
+        known: Epoch = max(fields["epoch"], fields["promised"])
+        if fields["highest"] > self.numbered:
+            text = f"saw number {fields['highest']} acknowledged, the journal ends at {self.numbered}"
+            return [*self.fail(text), self._refuse(link, Refusal.BEHIND, text)]
+        actions: list[Action] = []
+        if sender.link:  # the older connection, and what of it was not read yet
+            actions.append(Close(sender.link, "the primary connected again"))
+            self.senders.detach(sender.link)
+        sender.checkpoint = max(sender.checkpoint, fields["checkpoint"])
+        self.senders.attach(sender, link, fields, now_s)
+        if known.number > max(self.state.epoch.number, self.state.promised.number):
+            actions += self.opening.met(known, now_s)
+        if fields["incarnation"] == sender.incarnation:
+            return actions + self._welcome(sender)
+        self.senders.incarnate(sender, fields["incarnation"])
+        # Durable before WELCOME: a stale HELLO must be known as such after our own restart too (rule 1).
+        sender.hello = None
+        actions.append(self.save(lambda _: self._ready_to_welcome(sender, link, fields)))
+        return actions
+
+    def _ready_to_welcome(self, sender: Sender, link: int, fields: dict[str, Any]) -> list[Action]:
+        if sender.link != link:
+            return []
+        sender.hello = fields
+        return self._welcome(sender)
+
+    def _welcome(self, sender: Sender) -> list[Action]:
+        """WELCOME waits until all that was numbered from this primary is durable, and names it (rule 7)."""
+        if sender.hello is None or self.opening.phase is not Phase.SERVING or sender.durable_last != sender.last:
+            return []
+        hello, sender.hello, sender.live = sender.hello, None, True
+        self.senders.grant(sender)
+        message = encode(
+            Message.WELCOME, self.state.epoch.number, version=VERSION_MAX, role=LinkRole.INTERMEDIATE,
+            features=FEATURES & hello["features"], node=self.node, nonce=hello["nonce"], epoch=self.state.epoch,
+            promised=self.state.promised, through=sender.durable_last, batch=sender.durable_batch,
+            credit=sender.credit, validated=self.streams.validated, prepared=0, applied=0, active=False,
+        )  # fmt: skip
+        return [Send(sender.link, [message])]
+
+    def welcome_all(self) -> list[Action]:
+        """Production goes on: answer every HELLO that waits."""
+        actions: list[Action] = []
+        for sender in self.senders.by_node.values():
+            if sender.link:
+                actions += self._welcome(sender)
+        return actions
+
+    def dismiss_primaries(self, code: Refusal, text: str) -> list[Action]:
+        """Close every primary's link, saying why; they then know of the higher epoch."""
+        actions: list[Action] = [self._refuse(link, code, text) for link in self.senders.by_link]
+        for link in list(self.senders.by_link):
+            self.senders.detach(link)
+        return actions
+
+    # hop 1: batches
+
+    def batch(
+        self, link: int, head: RecordHead, chunk: Chunk, start: int, end: int, now_s: float, time_ns: int
+    ) -> list[Action]:
+        """Number the batch that lies in ``chunk.view[start:end]``, in place, and append it.
+
+        Raises SequenceGapError or ProtocolError: the host closes the link. `Append` carries one use of the chunk.
+        """
+        sender = self.senders.by_link.get(link)
+        if sender is None or not sender.live:
+            return []  # a link that was closed, or not welcomed: its writes are nobody's (rule 1)
+        sender.heard_s = now_s
+        if head.sender != sender.node or head.group != self.group or head.incarnation != sender.incarnation:
+            raise ProtocolError(f"batch of node {head.sender}, incarnation {head.incarnation}, on another's link")
+        stream = self.streams.by_node.get(head.stream)
+        if stream is None:
+            raise ProtocolError(f"node {head.stream} is no secondary of this group")
+        if self.opening.phase is not Phase.SERVING:
+            return []
+        if head.batch <= sender.batch:
+            return self._acknowledge(sender)  # from the durable watermark only
+        if head.batch != sender.batch + 1:
+            raise SequenceGapError(f"batch {head.batch} after {sender.batch}")
+        size = end - start
+        sender.credit_used += frame_bytes(size)
+        if sender.credit_used > sender.credit:
+            raise ProtocolError("batch beyond the credit")
+        head.epoch, head.first, head.previous, head.time_ns = (
+            self.state.epoch.number, self.numbered + 1, stream.last, time_ns,
+        )  # fmt: skip
+        head.header_crc = number_record(chunk.buffer, start, head.epoch, head.first, head.previous, time_ns)
+        self.numbered += head.count
+        self.numbered_bytes += size
+        stream.last = sender.last = self.numbered
+        sender.batch = head.batch
+        self._appended.append((self.numbered, sender, head.incarnation, head.batch, head.stream, size))
+        chunk.hold()
+        return [Append(head, chunk.view[start:end], chunk)]
+
+    def durable(self, number: int, now_s: float) -> list[Action]:
+        """The journal is synced up to ``number``: acknowledge, and send on."""
+        assert self.durable_number <= number <= self.numbered
+        self.durable_number = number
+        appended, streams = self._appended, self.streams
+        touched: dict[int, Sender] = {}
+        fed: set[int] = set()
+        while appended and appended[0][0] <= number:
+            last, sender, incarnation, batch, stream_node, size = appended.popleft()
+            sender.durable_last = last
+            if incarnation == sender.incarnation:
+                sender.durable_batch = batch
+            touched[sender.node] = sender
+            streams.durable(stream_node, last, size)
+            fed.add(stream_node)
+        actions: list[Action] = []
+        for sender in touched.values():
+            actions += self._acknowledge(sender)
+            if sender.hello is not None:
+                actions += self._welcome(sender)
+        for stream_node in fed:
+            actions += streams.pump(streams.by_node[stream_node])
+        return actions + self._rounds(now_s) + self.opening.drained(now_s)
+
+    def _acknowledge(self, sender: Sender) -> list[Action]:
+        if not sender.live or not sender.durable_batch:
+            return []
+        self.senders.grant(sender)
+        message = encode(
+            Message.ACK, self.state.epoch.number, batch=sender.durable_batch, number=sender.durable_last,
+            validated=self.streams.validated, credit=sender.credit,
+        )  # fmt: skip
+        return [Send(sender.link, [message])]
+
+    def ring(self, free_bytes: int) -> list[Action]:
+        """The ring's free bytes, less the reserve, have changed: primaries that wait for credit get it."""
+        self.senders.free_bytes = free_bytes
+        actions: list[Action] = []
+        for sender in self.senders.by_link.values():
+            if sender.live and self.senders.grant(sender):
+                actions += [Send(sender.link, [self._beat(0, sender.stamp_ns, sender.credit)])]
+        return actions
+
+    @property
+    def releasable(self) -> int:
+        """Every record up to it may leave the journal (rule 12)."""
+        number = self.senders.releasable
+        return self.streams.validated if number is None else min(number, self.streams.validated)
+
+    # hop 2
+
+    def connected(self, link: int, node: int, nonce: bytes, now_s: float) -> list[Action]:
+        """A connection to a secondary is up: greet."""
+        self._hello_links[link] = node
+        self._heard_s[link] = now_s
+        self._nonces[link] = nonce
+        state = self.state
+        hello = encode(
+            Message.HELLO, state.epoch.number, version_min=VERSION_MIN, version_max=VERSION_MAX,
+            role=LinkRole.INTERMEDIATE, features=FEATURES, group=self.group, node=self.node, peer=node,
+            incarnation=state.incarnation, nonce=nonce, epoch=state.epoch, promised=state.promised,
+            highest=self.durable_number, checkpoint=0, fresh=False, name=self.name,
+        )  # fmt: skip
+        return [Send(link, [hello])]
+
+    def transmitted(self, node: int, link: int, last: int, sent_frame_bytes: int, now_s: float) -> list[Action]:
+        """A helping of records went to a secondary's link."""
+        return self.streams.transmitted(node, link, last, sent_frame_bytes)
+
+    def received(self, link: int, kind: int, fields: dict[str, Any], now_s: float) -> list[Action]:
+        """A control message on any link. Raises ProtocolError: the host closes the link and calls `lost`."""
+        if link in self._hello_links:
+            self._heard_s[link] = now_s
+            return self._from_secondary(link, kind, fields, now_s)
+        if link == self.opener_link:
+            if kind == Message.PROMISE:
+                return self.opening.asked_to_promise(link, fields, now_s)
+            if kind == Message.HEARTBEAT:
+                return []
+            raise ProtocolError(f"{Message(kind).name} does not belong on an opener's link")
+        sender = self.senders.by_link.get(link)
+        if sender is None:
+            return []
+        sender.heard_s = now_s
+        if kind == Message.HEARTBEAT:
+            sender.stamp_ns = fields["stamp_ns"]
+            return []
+        if not sender.live:
+            raise ProtocolError(f"{Message(kind).name} before WELCOME")
+        if kind == Message.CHECKPOINT:
+            if fields["number"] > sender.durable_last:
+                raise ProtocolError(f"checkpoint {fields['number']} is beyond {sender.durable_last}")
+            sender.checkpoint = max(sender.checkpoint, fields["number"])
+            return []
+        if kind == Message.REPLAY:
+            end = encode(Message.REPLAYED, self.state.epoch.number, through=sender.durable_last)
+            return [Replay(link, sender.node, fields["after"], sender.durable_last, end)]
+        raise ProtocolError(f"{Message(kind).name} does not belong on a primary's link")
+
+    def _from_secondary(self, link: int, kind: int, fields: dict[str, Any], now_s: float) -> list[Action]:
+        node = self._hello_links[link]
+        if kind == Message.WELCOME:
+            if fields["nonce"] != self._nonces.pop(link, None):
+                raise ProtocolError("WELCOME answers another HELLO")
+            if fields["role"] != LinkRole.SECONDARY or fields["node"] != node:
+                raise ProtocolError(f"node {fields['node']} answered for {node}")
+            return self.opening.greeted(node, link, fields, now_s)
+        if kind == Message.REFUSED:
+            return [*self.opening.refused(node, fields, now_s), Close(link, fields["text"])]
+        if kind == Message.HEARTBEAT:
+            return self._secondary_beat(link, fields)
+        if kind == Message.PREPARED:
+            if link not in self.streams.by_link:
+                return []
+            actions = self.streams.prepared(link, fields["number"], fields["applied"], fields["credit"])
+            return actions + self._rounds(now_s) + self.opening.drained(now_s)
+        if kind in (Message.PROMISED, Message.STORED):
+            return self.opening.answered(node, link, kind, fields, now_s)
+        if kind == Message.DIGESTED:
+            sender = self.senders.by_node.get(fields["sender"])
+            if sender is None or not sender.live:
+                return []
+            return [Send(sender.link, [encode(Message.DIGESTED, self.state.epoch.number, **fields)])]
+        raise ProtocolError(f"{Message(kind).name} does not belong on a secondary's link")
+
+    def _secondary_beat(self, link: int, fields: dict[str, Any]) -> list[Action]:
+        stream = self.streams.by_link.get(link)
+        if stream is None:
+            return []
+        stream.applied = max(stream.applied, fields["applied"])
+        stream.credit = max(stream.credit, fields["credit"])
+        return self.streams.pump(stream)
+
+    def _rounds(self, now_s: float) -> list[Action]:
+        if self.opening.phase in (Phase.SERVING, Phase.FROZEN):
+            return self.streams.tick(self.durable_number, now_s)
+        return []
+
+    # openers
+
+    def _greet_opener(self, link: int, fields: dict[str, Any]) -> list[Action]:
+        if self.opening.phase in (Phase.FENCED, Phase.FAILED):
+            return [self._refuse(link, Refusal.STATE, self.opening.reason)]
+        actions: list[Action] = []
+        if self.opener_link:
+            actions.append(Close(self.opener_link, "another opener came"))
+        self.opener_link = link
+        message = encode(
+            Message.WELCOME, self.state.epoch.number, version=VERSION_MAX, role=LinkRole.INTERMEDIATE,
+            features=FEATURES & fields["features"], node=self.node, nonce=fields["nonce"], epoch=self.state.epoch,
+            promised=self.state.promised, through=self.durable_number, batch=0, credit=0,
+            validated=self.streams.validated, prepared=self.streams.valid_counter, applied=0, active=False,
+        )  # fmt: skip
+        return [*actions, Send(link, [message])]
+
+    # ends and time
+
+    def lost(self, link: int, now_s: float) -> list[Action]:
+        """A link is gone."""
+        self.senders.detach(link)
+        self.streams.detach(link)
+        self._heard_s.pop(link, None)
+        self._nonces.pop(link, None)
+        node = self._hello_links.pop(link, None)
+        if node is not None:
+            self.opening.parted(node, link)
+        if link == self.opener_link:
+            self.opener_link = 0
+        return []
+
+    def fail(self, reason: str) -> list[Action]:
+        """Stop for good: a disk error, or a history that does not fit. Nothing is numbered or acknowledged any more."""
+        self.opening.fail(reason)
+        return [Event(f"stopped: {reason}"), *self.dismiss_primaries(Refusal.STATE, reason)]
+
+    def due_s(self) -> float:
+        """When the next prepare round is due, for the host's timer."""
+        return self.streams.due_s(self.durable_number)
+
+    def tick(self, now_s: float, boot_ns: int) -> list[Action]:
+        """Called at least every few tens of milliseconds, and at `due_s`."""
+        actions = self._rounds(now_s) + self.opening.tick(now_s)
+        silent = now_s - self.policy.link_timeout_s
+        for link, heard_s in self._heard_s.items():
+            if heard_s < silent:
+                actions.append(Close(link, f"nothing heard for {self.policy.link_timeout_s} s"))
+        for sender in self.senders.by_node.values():
+            if sender.link and sender.heard_s < silent:
+                actions.append(Close(sender.link, f"nothing heard for {self.policy.link_timeout_s} s"))
+        if now_s - self._beat_s >= self.policy.heartbeat_s:
+            self._beat_s = now_s
+            actions += self._beats(boot_ns)
+        return actions
+
+    def _beats(self, boot_ns: int) -> list[Action]:
+        actions: list[Action] = []
+        for sender in self.senders.by_node.values():
+            if sender.link:
+                if sender.live:
+                    self.senders.grant(sender)
+                actions.append(Send(sender.link, [self._beat(boot_ns, sender.stamp_ns, sender.credit)]))
+        for link in self._hello_links:
+            if link not in self._nonces:
+                actions.append(Send(link, [self._beat(boot_ns, 0, 0)]))
+        return actions
+
+    def _beat(self, boot_ns: int, echo_ns: int, credit: int) -> bytes:
+        return encode(
+            Message.HEARTBEAT, self.state.epoch.number, stamp_ns=boot_ns, echo_ns=echo_ns, numbered=self.numbered,
+            validated=self.streams.validated, applied=0, credit=credit,
+        )  # fmt: skip

@@ -1,0 +1,306 @@
+"""How the intermediate comes to number writes in an epoch, and how it stops (PROTOCOL, rules 22 to 25).
+
+A started intermediate numbers nothing until every secondary confirms that the highest epoch it knows, promised ones
+included, is the intermediate's. Where that is not so (the first start; a takeover that led nowhere) it opens a higher
+one by the one routine: promise, agree, store, then write. A secondary that has become active fences it for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from blockrepl.formats.link import NO_EPOCH, Epoch, Message, Refusal, encode
+from blockrepl.replication.actions import Action, Close, Event, Send
+from blockrepl.replication.machine import Machine
+
+if TYPE_CHECKING:
+    from blockrepl.replication.intermediate import Intermediate
+
+
+class Phase(Enum):
+    """Where an intermediate is."""
+
+    STARTING = "waiting for the secondaries"
+    OPENING = "opening an epoch: promises"
+    STORING = "opening an epoch: storing"
+    SERVING = "serving"
+    FROZEN = "frozen for a takeover"
+    FENCED = "fenced"
+    FAILED = "failed"
+
+
+TABLE: dict[tuple[Phase, str], Phase] = {
+    (Phase.STARTING, "all agree"): Phase.SERVING,
+    (Phase.STARTING, "open"): Phase.OPENING,
+    (Phase.STARTING, "freeze"): Phase.FROZEN,
+    (Phase.OPENING, "promised"): Phase.STORING,
+    (Phase.OPENING, "freeze"): Phase.FROZEN,
+    (Phase.OPENING, "start over"): Phase.STARTING,
+    (Phase.STORING, "stored"): Phase.SERVING,
+    (Phase.STORING, "freeze"): Phase.FROZEN,
+    (Phase.STORING, "start over"): Phase.STARTING,
+    (Phase.SERVING, "freeze"): Phase.FROZEN,
+    (Phase.FROZEN, "freeze"): Phase.FROZEN,
+    (Phase.FROZEN, "start over"): Phase.STARTING,
+    **{(phase, "fence"): Phase.FENCED for phase in Phase if phase is not Phase.FAILED},
+    **{(phase, "fail"): Phase.FAILED for phase in Phase},
+}
+
+
+class Opening:
+    """The epochs of one intermediate.
+
+    Invariant: SERVING implies that every secondary (but those overruled by ``alone``) confirmed our epoch as the
+    highest it knows, at a time when we had promised no other.
+    """
+
+    def __init__(self, owner: Intermediate, new_id: Callable[[], bytes], *, alone: bool) -> None:
+        self._owner = owner
+        self._new_id = new_id
+        self._alone = alone
+        self.machine: Machine[Phase] = Machine(TABLE, Phase.STARTING)
+        self.reason = ""
+        self.higher: Epoch = NO_EPOCH  # the highest epoch anybody named
+        self._reports: dict[int, dict[str, Any]] = {}  # secondary → its WELCOME, with "link"
+        self._answers: set[int] = set()
+        self._open_at_s = 0.0
+        self._opener_link = 0
+        self._asked: Epoch = NO_EPOCH
+
+    @property
+    def phase(self) -> Phase:
+        """Where we are."""
+        return self.machine.state
+
+    # secondaries report
+
+    def greeted(self, node: int, link: int, report: dict[str, Any], now_s: float) -> list[Action]:
+        """A secondary answered our HELLO."""
+        owner = self._owner
+        if self.phase in (Phase.FENCED, Phase.FAILED):
+            return []
+        if report["through"] > owner.streams.by_node[node].durable:
+            text = f"secondary {node} holds number {report['through']}, which this journal does not have"
+            return owner.fail(text)
+        owner.streams.validated = max(owner.streams.validated, report["validated"])
+        self._reports[node] = {**report, "link": link}
+        actions = self._learn(report["epoch"], report["promised"], active=report["active"], now_s=now_s)
+        if self.phase is Phase.SERVING:
+            return actions + self._join(node)
+        if self.phase is Phase.FROZEN and self._fits(node):
+            return actions + self._join(node)  # the drain still needs it
+        return actions + self._consider(now_s)
+
+    def refused(self, node: int, fields: dict[str, Any], now_s: float) -> list[Action]:
+        """A secondary refused our HELLO."""
+        actions: list[Action] = [Event(f"secondary {node} refused: {fields['text']}")]
+        active = fields["code"] == Refusal.ACTIVE
+        if active or fields["code"] == Refusal.EPOCH:
+            actions += self._learn(fields["epoch"], fields["promised"], active=active, now_s=now_s)
+        return actions
+
+    def parted(self, node: int, link: int) -> None:
+        """A secondary's link is gone."""
+        report = self._reports.get(node)
+        if report is not None and report["link"] == link:
+            del self._reports[node]
+            if self.phase in (Phase.OPENING, Phase.STORING):
+                self._answers.discard(node)
+
+    def met(self, epoch: Epoch, now_s: float) -> list[Action]:
+        """Somebody named a higher epoch: stop acknowledging, find out."""
+        return self._learn(NO_EPOCH, epoch, active=False, now_s=now_s)
+
+    def _learn(self, stored: Epoch, promised: Epoch, *, active: bool, now_s: float) -> list[Action]:
+        owner = self._owner
+        ours = owner.state.epoch
+        if stored.number == ours.number and stored.id != ours.id and stored.number:
+            return owner.fail(f"split brain: epoch {ours} here, {stored} at a secondary")
+        self.higher = max(self.higher, stored, promised)
+        if active:
+            return self._fence(stored)
+        if self.higher.number > max(ours.number, owner.state.promised.number) and self.phase is Phase.SERVING:
+            return self._freeze(now_s, f"epoch {self.higher} was named")
+        return []
+
+    def _fence(self, epoch: Epoch) -> list[Action]:
+        if self.phase is Phase.FENCED:
+            return []
+        owner = self._owner
+        self.machine.go("fence")
+        self.reason = f"the secondary site has taken over in epoch {epoch.number}; this side is history"
+        owner.state.promised = max(owner.state.promised, self.higher)
+        return [
+            Event(f"fenced: {self.reason}"),
+            owner.save(lambda _: []),
+            *owner.dismiss_primaries(Refusal.EPOCH, self.reason),
+        ]
+
+    def fail(self, reason: str) -> None:
+        """Stop for good."""
+        self.machine.go("fail")
+        self.reason = reason
+
+    # serving
+
+    def _fits(self, node: int) -> bool:
+        report, ours = self._reports[node], self._owner.state.epoch
+        return bool(ours.number and report["epoch"] == ours and report["promised"].number <= ours.number)
+
+    def _join(self, node: int) -> list[Action]:
+        """A secondary in our epoch takes its place in the streams."""
+        if not self._fits(node):
+            epoch = self._reports[node]["epoch"]
+            return [Event(f"secondary {node} is in epoch {epoch}, not in ours: it gets nothing")]
+        streams, report = self._owner.streams, self._reports[node]
+        streams.attach(node, report["link"], report["credit"], report["through"], report["prepared"])
+        return streams.validate() + streams.pump(streams.by_node[node])
+
+    def _consider(self, now_s: float) -> list[Action]:
+        """In STARTING: serve when all agree, open an epoch when they do not."""
+        owner = self._owner
+        if self.phase is not Phase.STARTING:
+            return []
+        everybody = len(self._reports) == len(owner.streams.by_node)
+        ours = owner.state.epoch
+        agreed = ours.number > 0 and self.higher.number <= ours.number and owner.state.promised.number <= ours.number
+        if agreed and (everybody or self._alone) and all(self._fits(node) for node in self._reports):
+            self.machine.go("all agree")
+            return self._serve(now_s)
+        if everybody and now_s >= self._open_at_s:
+            return self._open()
+        return []
+
+    def _serve(self, now_s: float) -> list[Action]:
+        owner = self._owner
+        self.reason = ""
+        actions: list[Action] = [Event(f"serving in epoch {owner.state.epoch}")]
+        owner.streams.restart(owner.state.epoch.number)
+        for node in list(self._reports):
+            actions += self._join(node)
+        return actions + owner.welcome_all()
+
+    # opening an epoch
+
+    def _open(self) -> list[Action]:
+        owner = self._owner
+        self.machine.go("open")
+        number = max(self.higher.number, owner.state.epoch.number, owner.state.promised.number) + 1
+        epoch = Epoch(number, self._new_id())
+        owner.state.promised = self.higher = self._asked = epoch
+        self._answers.clear()
+        return [Event(f"opening epoch {epoch}"), owner.save(lambda _: self._ask_promises(epoch))]
+
+    def _ask_promises(self, epoch: Epoch) -> list[Action]:
+        if self.phase is not Phase.OPENING or self._asked != epoch:
+            return []
+        message = encode(Message.PROMISE, epoch.number, epoch=epoch, dry_run=False)
+        return [Send(report["link"], [message]) for report in self._reports.values()]
+
+    def answered(self, node: int, link: int, kind: int, fields: dict[str, Any], now_s: float) -> list[Action]:
+        """PROMISED or STORED from a secondary."""
+        report = self._reports.get(node)
+        if report is None or report["link"] != link or self.phase not in (Phase.OPENING, Phase.STORING):
+            return []
+        if fields["epoch"] != self._asked:
+            self.higher = max(self.higher, fields["epoch"])
+            return self._start_over(now_s, f"secondary {node} has promised epoch {fields['epoch']}")
+        if kind == Message.PROMISED and self.phase is Phase.OPENING:
+            self._answers.add(node)
+            return self._agree() if len(self._answers) == len(self._owner.streams.by_node) else []
+        if kind == Message.STORED and self.phase is Phase.STORING:
+            report["epoch"] = report["promised"] = fields["epoch"]
+            self._answers.add(node)
+            if len(self._answers) == len(self._owner.streams.by_node):
+                self.machine.go("stored")
+                return self._serve(now_s)
+        return []
+
+    def _agree(self) -> list[Action]:
+        """All have promised: store the epoch here, then everywhere."""
+        owner = self._owner
+        self.machine.go("promised")
+        self._answers.clear()
+        if owner.state.epoch.number:
+            owner.state.history.append((owner.state.epoch, owner.numbered))
+        owner.state.epoch = epoch = self._asked
+        return [owner.save(lambda _: self._ask_to_store(epoch))]
+
+    def _ask_to_store(self, epoch: Epoch) -> list[Action]:
+        if self.phase is not Phase.STORING or self._asked != epoch:
+            return []
+        owner = self._owner
+        message = encode(
+            Message.STORE, epoch.number, promise=epoch, epoch=epoch, number=owner.numbered, truncate=False,
+            members=sorted(owner.streams.by_node), dry_run=False,
+        )  # fmt: skip
+        return [Send(report["link"], [message]) for report in self._reports.values()]
+
+    def _start_over(self, now_s: float, why: str) -> list[Action]:
+        """Greet every secondary anew, then decide again."""
+        owner = self._owner
+        self.machine.go("start over")
+        self._open_at_s = now_s + owner.policy.open_backoff_s
+        links = [report["link"] for report in self._reports.values()]
+        self._reports.clear()
+        self._opener_link = 0
+        return [Event(f"starting over: {why}"), *(Close(link, why) for link in links)]
+
+    # a takeover freezes us
+
+    def asked_to_promise(self, link: int, fields: dict[str, Any], now_s: float) -> list[Action]:
+        """An opener wants our promise: number nothing more, drain, then say so (rule 23)."""
+        owner = self._owner
+        epoch: Epoch = fields["epoch"]
+        known = max(owner.state.epoch.number, owner.state.promised.number, self.higher.number)
+        if fields["dry_run"] or self.phase in (Phase.FENCED, Phase.FAILED) or epoch.number <= known:
+            return [Send(link, [self._promised(max(owner.state.promised, owner.state.epoch, self.higher))])]
+        starting = self.phase is Phase.STARTING
+        owner.state.promised = self.higher = epoch
+        actions = self._freeze(now_s, f"a takeover opens epoch {epoch}")
+        if starting:  # those that are in our epoch can still be brought up to what this journal holds
+            for node in self._reports:
+                actions += self._join(node)
+        return [*actions, owner.save(lambda now_s: self._promise_is_durable(link, epoch, now_s))]
+
+    def _freeze(self, now_s: float, why: str) -> list[Action]:
+        self.machine.go("freeze")
+        self.reason = why
+        self._open_at_s = now_s + self._owner.policy.open_backoff_s
+        return [Event(f"frozen: {why}")]
+
+    def _promise_is_durable(self, link: int, epoch: Epoch, now_s: float) -> list[Action]:
+        if self._owner.state.promised == epoch and self.phase is Phase.FROZEN:
+            self._opener_link = link
+        return self.drained(now_s)
+
+    def drained(self, now_s: float) -> list[Action]:
+        """Answer the opener once everything numbered is durable and validated at all secondaries."""
+        owner = self._owner
+        if not self._opener_link or self.phase is not Phase.FROZEN or owner.durable_number < owner.numbered:
+            return []
+        if not owner.streams.drained(owner.numbered):
+            return []
+        link, self._opener_link = self._opener_link, 0
+        self._open_at_s = now_s + owner.policy.open_backoff_s
+        return [Send(link, [self._promised(owner.state.promised)])]
+
+    def _promised(self, epoch: Epoch) -> bytes:
+        owner = self._owner
+        return encode(
+            Message.PROMISED, owner.state.epoch.number, epoch=epoch, stored=owner.state.epoch, held=owner.numbered,
+            validated=owner.streams.validated, applied=0, active=False, number=0, members=[],
+            numbered=owner.numbered,
+        )  # fmt: skip
+
+    def tick(self, now_s: float) -> list[Action]:
+        """After the back-off, a promise that led nowhere is superseded: a failed attempt must not stop production."""
+        if self.phase is Phase.FROZEN and now_s >= self._open_at_s:
+            return self._start_over(now_s - self._owner.policy.open_backoff_s, "the takeover led nowhere")
+        if self.phase in (Phase.OPENING, Phase.STORING):
+            if len(self._reports) < len(self._owner.streams.by_node):
+                return self._start_over(now_s, "a secondary went away")
+            return []
+        return self._consider(now_s)

@@ -1,0 +1,331 @@
+"""The opener of a takeover: brings all secondaries to one number, under a new epoch, and makes them writable.
+
+It runs on a secondary's node, on an operator's word only (PROTOCOL, rules 22 to 24). Peers are every secondary (its own
+node too, over a link like the others) and the intermediate. Steps: greet all; with the intermediate reachable, freeze
+and drain it; have every secondary promise the new epoch durably; choose the highest number that all hold; store it
+everywhere; activate. Each step can be repeated: a second takeover finishes what a first one left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from typing import Any
+
+from blockrepl.formats.link import FEATURES, NO_EPOCH, VERSION_MAX, VERSION_MIN, Epoch, LinkRole, Message, encode
+from blockrepl.replication.actions import Action, Close, Event, Send
+from blockrepl.replication.machine import Machine
+
+
+class Phase(Enum):
+    """Where a takeover is."""
+
+    GREETING = "greeting"
+    DRAINING = "draining the intermediate"
+    PROMISING = "collecting promises"
+    STORING = "rolling forward"
+    ACTIVATING = "activating"
+    DONE = "done"
+    FAILED = "failed"
+
+
+TABLE: dict[tuple[Phase, str], Phase] = {
+    (Phase.GREETING, "drain"): Phase.DRAINING,
+    (Phase.GREETING, "promise"): Phase.PROMISING,
+    (Phase.DRAINING, "promise"): Phase.PROMISING,
+    (Phase.DRAINING, "higher"): Phase.DRAINING,
+    (Phase.PROMISING, "higher"): Phase.PROMISING,
+    (Phase.PROMISING, "store"): Phase.STORING,
+    (Phase.STORING, "activate"): Phase.ACTIVATING,
+    (Phase.STORING, "counted"): Phase.DONE,  # dry run
+    (Phase.ACTIVATING, "activated"): Phase.DONE,
+    **{(phase, "fail"): Phase.FAILED for phase in Phase},
+}
+OPEN = frozenset({Phase.GREETING, Phase.DRAINING, Phase.PROMISING, Phase.STORING, Phase.ACTIVATING})
+MAX_TRIES = 5  # at a number above everybody's
+
+
+@dataclass(slots=True)
+class Report:
+    """What a takeover did, or would do. Numbers are sequence numbers."""
+
+    dry_run: bool = False
+    epoch: int = 0
+    epoch_id: str = ""
+    number: int = 0
+    drained: bool = False  # the intermediate was alive: nothing acknowledged is lost
+    lost_writes: int = 0  # known to have been numbered and not at all secondaries
+    discarded_writes: int = 0  # held by some secondary beyond the number
+    discarded_bytes: int = 0
+    members: list[int] = field(default_factory=list)
+    missing: list[int] = field(default_factory=list)
+    completed: bool = False  # an earlier takeover was finished
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+class Takeover:
+    """One run of the opener.
+
+    Invariant: nothing is stored before every member promised; nobody is activated before every member stored.
+    """
+
+    def __init__(
+        self,
+        *,
+        group: bytes,
+        node: int,
+        name: str,
+        intermediate: int,
+        secondaries: list[int],
+        names: dict[int, str],
+        new_id: Callable[[], bytes],
+        now_s: float,
+        dry_run: bool = False,
+        force: bool = False,
+        writable: bool = True,
+        patience_s: float = 15.0,
+    ) -> None:
+        self.group = group
+        self.node = node
+        self.name = name
+        self.intermediate = intermediate
+        self.secondaries = secondaries
+        self.names = names
+        self.machine: Machine[Phase] = Machine(TABLE, Phase.GREETING)
+        self.report = Report(dry_run=dry_run)
+        self.problem = ""
+        self.hint = ""
+        self.peers = [intermediate, *secondaries]  # the host dials these, and says `unreachable` of those that fail
+        self._new_id = new_id
+        self._force = force
+        self._writable = writable
+        self._patience_s = patience_s
+        self._deadline_s = now_s + patience_s
+        self._links: dict[int, int] = {}  # link → node
+        self._welcomes: dict[int, dict[str, Any]] = {}
+        self._silent: dict[int, str] = {}
+        self._answers: dict[int, dict[str, Any]] = {}
+        self._epoch: Epoch = NO_EPOCH  # our authority
+        self._store_epoch: Epoch = NO_EPOCH  # what is stored: ours, or the one of a takeover to be finished
+        self._tries = 0
+
+    @property
+    def phase(self) -> Phase:
+        """Where it is."""
+        return self.machine.state
+
+    # peers
+
+    def connected(self, link: int, node: int, nonce: bytes) -> list[Action]:
+        """A connection to a peer is up: greet."""
+        self._links[link] = node
+        hello = encode(
+            Message.HELLO, 0, version_min=VERSION_MIN, version_max=VERSION_MAX, role=LinkRole.OPENER,
+            features=FEATURES, group=self.group, node=self.node, peer=node, incarnation=0, nonce=nonce,
+            epoch=NO_EPOCH, promised=NO_EPOCH, highest=0, checkpoint=0, fresh=False, name=self.name,
+        )  # fmt: skip
+        return [Send(link, [hello])]
+
+    def unreachable(self, node: int, why: str, now_s: float) -> list[Action]:
+        """A peer does not answer."""
+        if self.phase not in OPEN or node in self._silent:
+            return []
+        self._silent[node] = why
+        self._welcomes.pop(node, None)
+        if self.phase is Phase.GREETING:
+            return self._greeted(now_s)
+        if node == self.intermediate:
+            if self.phase is Phase.DRAINING:
+                return [Event("the intermediate went away while draining"), *self._promise("promise", now_s)]
+            return []
+        return self._fail(f"{self.names[node]} went away ({why})", "run takeover again")
+
+    def lost(self, link: int, now_s: float) -> list[Action]:
+        """A link is gone."""
+        node = self._links.pop(link, None)
+        return [] if node is None else self.unreachable(node, "the link broke", now_s)
+
+    def _members(self) -> list[int]:
+        return [node for node in self.secondaries if node in self._welcomes]
+
+    def _to(self, nodes: list[int], message: bytes) -> list[Action]:
+        return [Send(link, [message]) for link, node in self._links.items() if node in nodes]
+
+    def received(self, link: int, kind: int, fields: dict[str, Any], now_s: float) -> list[Action]:
+        """A message of a peer."""
+        node = self._links.get(link)
+        if node is None or self.phase not in OPEN:
+            return []
+        if kind == Message.WELCOME:
+            self._welcomes[node] = fields
+            return self._greeted(now_s) if self.phase is Phase.GREETING else []
+        if kind == Message.REFUSED:
+            return self.unreachable(node, f"refused: {fields['text']}", now_s)
+        if kind == Message.PROMISED:
+            return self._promised(node, fields, now_s)
+        if kind == Message.STORED and self.phase is Phase.STORING:
+            return self._stored(node, fields)
+        if kind == Message.ACTIVATED and self.phase is Phase.ACTIVATING:
+            return self._activated(node, fields)
+        return []
+
+    # steps
+
+    def _greeted(self, now_s: float) -> list[Action]:
+        if len(self._welcomes) + len(self._silent) < len(self.peers):
+            return []
+        missing = [node for node in self.secondaries if node in self._silent]
+        self.report.missing = missing
+        if missing and not self._force:
+            who = ", ".join(f"{self.names[node]} ({self._silent[node]})" for node in missing)
+            return self._fail(f"a secondary is silent: {who}", "start it, or `takeover --force` to go without it")
+        if not self._members():
+            return self._fail("no secondary answers", "start the secondaries with `blockrepl up`")
+        known = [max(w["epoch"].number, w["promised"].number) for w in self._welcomes.values()]
+        self._epoch = Epoch(max(known) + 1, self._new_id())
+        self._deadline_s = now_s + self._patience_s
+        if self.intermediate in self._welcomes:
+            self.machine.go("drain")
+            text = "asking the intermediate" if self.report.dry_run else "freezing and draining the intermediate"
+            return [Event(text), *self._ask_promise([self.intermediate])]
+        actions: list[Action] = [Event(f"without the intermediate ({self._silent[self.intermediate]})")]
+        return actions + self._promise("promise", now_s)
+
+    def _ask_promise(self, nodes: list[int]) -> list[Action]:
+        message = encode(Message.PROMISE, 0, epoch=self._epoch, dry_run=self.report.dry_run)
+        return self._to(nodes, message)
+
+    def _promise(self, event: str, now_s: float) -> list[Action]:
+        self.machine.go(event)
+        self._answers.clear()
+        self._deadline_s = now_s + self._patience_s
+        return [Event("collecting the secondaries' promises"), *self._ask_promise(self._members())]
+
+    def _promised(self, node: int, fields: dict[str, Any], now_s: float) -> list[Action]:
+        if node == self.intermediate:
+            if self.phase is not Phase.DRAINING:
+                return []
+            if fields["epoch"] != self._epoch and not self.report.dry_run:
+                return self._higher(fields["epoch"], [node])
+            self.report.drained = True
+            held = fields["held"]
+            return [Event(f"the intermediate is drained at {held}"), *self._promise("promise", now_s)]
+        if self.phase is not Phase.PROMISING:
+            return []
+        if fields["epoch"] != self._epoch and not self.report.dry_run and not fields["active"]:
+            return self._higher(fields["epoch"], self._members())
+        self._answers[node] = fields
+        return self._agree(now_s) if len(self._answers) == len(self._members()) else []
+
+    def _higher(self, epoch: Epoch, nodes: list[int]) -> list[Action]:
+        self._tries += 1
+        if self._tries > MAX_TRIES:
+            return self._fail("others keep opening epochs", "is another takeover running? then wait for it")
+        self.machine.go("higher")
+        self._answers.clear()
+        self._epoch = Epoch(max(epoch.number, self._epoch.number) + 1, self._new_id())
+        return [Event(f"epoch {epoch.number} was promised already"), *self._ask_promise(nodes)]
+
+    def _agree(self, now_s: float) -> list[Action]:
+        """All members promised: the highest number that every one of them holds whole."""
+        answers = self._answers
+        active = [answer for answer in answers.values() if answer["active"]]
+        if active:
+            problem = self._adopt(active)
+            if problem:
+                return self._fail(problem, "split brain: decide which side's data is to stay")
+        else:
+            self._store_epoch = self._epoch
+            self.report.number = min(answer["held"] for answer in answers.values())
+            self.report.members = sorted(answers)
+        report = self.report
+        report.epoch, report.epoch_id = self._store_epoch.number, self._store_epoch.id.hex()
+        if not report.drained and not active:
+            report.lost_writes = max(0, max(answer["numbered"] for answer in answers.values()) - report.number)
+        self.machine.go("store")
+        self._deadline_s = now_s + self._patience_s * 4
+        targets = [node for node, answer in answers.items() if not (answer["active"] or self._has_stored(answer))]
+        self._answers = {node: answer for node, answer in answers.items() if node not in targets}
+        if not targets:
+            return self._activate()
+        message = encode(
+            Message.STORE, 0, promise=self._epoch, epoch=self._store_epoch, number=report.number, truncate=True,
+            members=report.members, dry_run=report.dry_run,
+        )  # fmt: skip
+        return [Event(f"rolling all secondaries to {report.number}"), *self._to(targets, message)]
+
+    def _has_stored(self, answer: dict[str, Any]) -> bool:
+        return bool(answer["stored"] == self._store_epoch)
+
+    def _adopt(self, active: list[dict[str, Any]]) -> str:
+        """Some secondary is active: finish that takeover, with its epoch and number."""
+        epochs = {answer["stored"] for answer in active}
+        if len(epochs) > 1:
+            return f"secondaries have taken over in different epochs: {', '.join(map(str, sorted(epochs)))}"
+        members = sorted(active[0]["members"])
+        strangers = [self.names[node] for node in self._answers if node not in members]
+        if strangers:
+            return f"{', '.join(strangers)} was not part of the takeover in epoch {active[0]['stored']}"
+        self._store_epoch = active[0]["stored"]
+        self.report.number, self.report.members, self.report.completed = active[0]["number"], members, True
+        return ""
+
+    def _stored(self, node: int, fields: dict[str, Any]) -> list[Action]:
+        report = self.report
+        if fields["epoch"] != self._store_epoch and not report.dry_run:
+            text = f"{self.names[node]} has promised epoch {fields['epoch'].number} meanwhile"
+            return self._fail(text, "the intermediate may be alive and have gone on: look at status, then try again")
+        report.discarded_writes += fields["discarded_writes"]
+        report.discarded_bytes += fields["discarded_bytes"]
+        self._answers[node] = fields
+        return self._activate() if len(self._answers) == len(self._members()) else []
+
+    def _activate(self) -> list[Action]:
+        self._answers.clear()
+        if self.report.dry_run:
+            self.machine.go("counted")
+            return self._hang_up("dry run")
+        self.machine.go("activate")
+        message = encode(Message.ACTIVATE, 0, epoch=self._store_epoch, writable=self._writable)
+        return [Event("activating"), *self._to(self._members(), message)]
+
+    def _activated(self, node: int, fields: dict[str, Any]) -> list[Action]:
+        if fields["epoch"] != self._store_epoch:
+            return self._fail(f"{self.names[node]} went on to epoch {fields['epoch'].number}", "run takeover again")
+        self._answers[node] = fields
+        if len(self._answers) < len(self._members()):
+            return []
+        self.machine.go("activated")
+        return [Event(f"epoch {self._store_epoch} is open at {self.report.number}"), *self._hang_up("done")]
+
+    def _hang_up(self, why: str) -> list[Action]:
+        links = list(self._links)
+        self._links.clear()
+        return [Close(link, why) for link in links]
+
+    def _fail(self, problem: str, hint: str) -> list[Action]:
+        self.machine.go("fail")
+        self.problem, self.hint = problem, hint
+        return [Event(f"takeover failed: {problem}"), *self._hang_up(problem)]
+
+    def tick(self, now_s: float) -> list[Action]:
+        """A step that takes too long fails, or goes on without the silent ones where that is allowed."""
+        if self.phase not in OPEN or now_s < self._deadline_s:
+            return []
+        if self.phase is Phase.GREETING:
+            actions: list[Action] = []
+            for node in self.peers:
+                if node not in self._welcomes:
+                    actions += self.unreachable(node, "no answer", now_s)
+            return actions
+        if self.phase is Phase.DRAINING:
+            if self._force:
+                return [Event("the intermediate cannot drain; forced"), *self._promise("promise", now_s)]
+            text = "the intermediate is alive but cannot bring all secondaries up to date in time"
+            return self._fail(text, "see `status`; `takeover --force` gives up what is not at all secondaries")
+        waiting = [self.names[node] for node in self._members() if node not in self._answers]
+        return self._fail(f"no answer from {', '.join(waiting)} while {self.phase.value}", "run takeover again")
