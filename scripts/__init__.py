@@ -1,0 +1,1 @@
+"""Programs for people who work on blockrepl: not installed with it."""

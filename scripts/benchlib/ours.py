@@ -1,0 +1,122 @@
+"""blockrepl, driven as a user would: a definition file, `create`, `up`, `attach`, `down`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from scripts.benchlib.fio import BlockTarget, NbdTarget, fill
+from scripts.benchlib.process import free_port
+from scripts.benchlib.systems import Running, require_root
+from scripts.benchlib.workspace import Workspace, command
+
+_COMMAND = [sys.executable, "-m", "blockrepl.cli.main"]
+_JOURNAL = "256MiB"
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of the group. Volumes lie at ``volumes`` primaries or secondaries, so each of these has an image."""
+
+    name: str
+    role: str
+    nbd_port: int = 0
+
+    def table(self) -> str:
+        lines = ["[[node]]", f'name = "{self.name}"', f'role = "{self.role}"', 'host = "local"']
+        lines.append(f'directory = "{self.name}"')
+        if self.role != "primary":
+            lines.append(f'listen = "127.0.0.1:{free_port()}"')
+        if self.nbd_port:
+            lines.append(f'nbd = "127.0.0.1:{self.nbd_port}"')
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Volume:
+    name: str
+    secondary: str
+    size_bytes: int
+    frontend: str
+
+    def table(self) -> str:
+        lines = ["[[volume]]", f'name = "{self.name}"', f"size = {self.size_bytes}", 'primary = "p1"']
+        return "\n".join([*lines, f'secondary = "{self.secondary}"', f'frontends = ["{self.frontend}"]'])
+
+
+def definition(group: str, nodes: list[Node], volumes: list[Volume]) -> str:
+    """The text of a definition file."""
+    head = f'[group]\nname = "{group}"\njournal = "{_JOURNAL}"\nsecondary_journal = "{_JOURNAL}"'
+    return "\n\n".join([head, *(node.table() for node in nodes), *(volume.table() for volume in volumes)]) + "\n"
+
+
+@contextmanager
+def group(directory: Workspace, name: str, nodes: list[Node], volumes: list[Volume]) -> Iterator[Path]:
+    """A running group; yields its definition file. Its nodes live in directories beside it."""
+    home = directory.directory / name
+    home.mkdir()
+    file = home / "group.toml"
+    file.write_text(definition(name, nodes, volumes))
+    command([*_COMMAND, "create", str(file)])
+    try:
+        command([*_COMMAND, "up", str(file)])
+        yield file
+    finally:
+        subprocess.run([*_COMMAND, "down", str(file)], capture_output=True, check=False, timeout=60)
+
+
+def pids(file: Path, nodes: list[Node]) -> dict[str, int]:
+    return {node.name: int((file.parent / node.name / "node.pid").read_text().split()[0]) for node in nodes}
+
+
+def files(file: Path) -> tuple[Path, ...]:
+    """Images and journals of all nodes."""
+    return (*sorted(file.parent.glob("*/*.img")), *sorted(file.parent.glob("*/journal")))
+
+
+@contextmanager
+def nbd(directory: Workspace) -> Iterator[Running]:
+    """A plain target: one volume without a pair."""
+    port = free_port()
+    nodes = [Node("p1", "primary", port)]
+    volumes = [Volume("data", "none", directory.image_bytes, "nbd")]
+    with group(directory, "bench-nbd", nodes, volumes) as file:
+        target = NbdTarget(port, "data")
+        fill(target, directory.image_bytes)
+        yield Running(target, pids(file, nodes), files(file))
+
+
+@contextmanager
+def replicated(directory: Workspace) -> Iterator[Running]:
+    """One primary, one intermediate, two secondaries with a volume each; the load goes to the first volume.
+
+    The other secondary takes part in every prepare round all the same.
+    """
+    port = free_port()
+    nodes = [Node("p1", "primary", port), Node("i1", "intermediate"), Node("s1", "secondary"), Node("s2", "secondary")]
+    volumes = [Volume("data", "s1", directory.image_bytes, "nbd"), Volume("other", "s2", directory.image_bytes, "nbd")]
+    with group(directory, "bench-replicated", nodes, volumes) as file:
+        target = NbdTarget(port, "data")
+        fill(target, directory.image_bytes)
+        yield Running(target, pids(file, nodes), files(file))
+
+
+@contextmanager
+def loop(directory: Workspace) -> Iterator[Running]:
+    """A plain target behind a loop device of ours."""
+    require_root("a loop device")
+    nodes = [Node("p1", "primary")]
+    volumes = [Volume("data", "none", directory.image_bytes, "loop")]
+    with group(directory, "bench-loop", nodes, volumes) as file:
+        device = Path(command([*_COMMAND, "attach", "bench-loop/data"], cwd=file.parent).strip())
+        try:
+            target = BlockTarget(device)
+            fill(target, directory.image_bytes)
+            yield Running(target, pids(file, nodes), files(file))
+        finally:
+            detach = [*_COMMAND, "detach", "bench-loop/data"]
+            subprocess.run(detach, capture_output=True, check=False, timeout=60, cwd=file.parent)

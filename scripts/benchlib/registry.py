@@ -1,0 +1,18 @@
+"""The systems by the names that tables and JSON use."""
+
+from __future__ import annotations
+
+from scripts.benchlib import disk, loop_peers, nbd_peers, ours
+from scripts.benchlib.systems import Factory
+
+FACTORIES: dict[str, Factory] = {
+    "blockrepl-nbd": ours.nbd,
+    "nbdkit": nbd_peers.nbdkit,
+    "qemu-nbd": nbd_peers.qemu_nbd,
+    "blockrepl-replicated": ours.replicated,
+    "qemu-mirror": nbd_peers.qemu_mirror,
+    "blockrepl-loop": ours.loop,
+    "loop-qemu-fuse": loop_peers.qemu_fuse,
+    "loop-nbdfuse": loop_peers.nbdfuse,
+    "disk": disk.raw,
+}

@@ -1,0 +1,174 @@
+"""One run: start everything, measure in turn, round by round, stop everything."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from scripts.benchlib import disk, fio
+from scripts.benchlib.lag import watch
+from scripts.benchlib.process import NotAvailableError, cpu_s, rss_peak_bytes, uninterrupted
+from scripts.benchlib.registry import FACTORIES
+from scripts.benchlib.results import LagResult, Measurement
+from scripts.benchlib.systems import Running
+from scripts.benchlib.works import WORKS, Work
+from scripts.benchlib.workspace import Workspace
+
+_QUIET_POLL_S = 0.03
+_QUIET_TIMEOUT_S = 10.0
+_WARM_UP_S = 0.2
+_LAG_WORK = "randwrite-4k-qd32"
+_LAG_LOAD_S = 3.0
+_MIN_RUNTIME_S = 0.1
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """``budget_s`` is what the measuring may take all together; run times shrink to fit. None: no limit."""
+
+    cells: list[tuple[str, str]]
+    rounds: int
+    runtime_s: float
+    budget_s: float | None = None
+
+
+@dataclass
+class Outcome:
+    measurements: list[Measurement] = field(default_factory=list)
+    lags: list[LagResult] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)  # by system: why
+    runtime_s: float = 0.0
+
+
+def run(settings: Settings, workspace: Workspace, tell: Tell) -> Outcome:
+    """Measure every cell in every round. What cannot be started or breaks is skipped, with the reason."""
+    outcome = Outcome()
+    deadline_s = None if settings.budget_s is None else time.monotonic() + settings.budget_s
+    stack = ExitStack()
+    try:
+        systems = _start({system for _, system in settings.cells}, workspace, stack, outcome, tell)
+        overhead_s = _warm_up(systems, outcome, tell)
+        outcome.runtime_s = _runtime_s(settings, systems, deadline_s, overhead_s)
+        for number in range(settings.rounds):
+            tell(f"round {number + 1} of {settings.rounds}, {outcome.runtime_s:.2g} s each")
+            _round(settings, number, systems, outcome, tell)
+        _watch_lag(settings, systems, outcome, tell)
+    finally:
+        tell("stopping everything")
+        with uninterrupted():
+            stack.close()
+    return outcome
+
+
+def _start(
+    names: Iterable[str], workspace: Workspace, stack: ExitStack, outcome: Outcome, tell: Tell
+) -> dict[str, Running]:
+    systems: dict[str, Running] = {}
+    for name, factory in FACTORIES.items():
+        if name in names:
+            tell(f"starting {name}")
+            try:
+                systems[name] = stack.enter_context(factory(workspace))
+            except (NotAvailableError, fio.FioError, OSError) as error:
+                outcome.skipped[name] = f"not available: {error}"
+                tell(f"{name} {outcome.skipped[name]}")
+    return systems
+
+
+def _warm_up(systems: dict[str, Running], outcome: Outcome, tell: Tell) -> float:
+    """A short load on each; returns what a measurement takes on average beyond the load itself."""
+    start_s, count = time.monotonic(), len(systems)
+    for name in list(systems):
+        _attempt(WORKS[_LAG_WORK], name, _WARM_UP_S, systems, outcome, tell)
+    return (time.monotonic() - start_s) / max(1, count) - _WARM_UP_S
+
+
+def _runtime_s(settings: Settings, systems: dict[str, Running], deadline_s: float | None, overhead_s: float) -> float:
+    """What the settings ask for, or as much of it as the time left allows for each measurement."""
+    count = settings.rounds * sum(system in systems for _, system in settings.cells)
+    if deadline_s is None or count == 0:
+        return settings.runtime_s
+    left_s = deadline_s - time.monotonic()
+    return max(_MIN_RUNTIME_S, min(settings.runtime_s, left_s / count - overhead_s))
+
+
+def _round(settings: Settings, number: int, systems: dict[str, Running], outcome: Outcome, tell: Tell) -> None:
+    """Each work at all systems one after the other; who begins changes from round to round."""
+    for work in dict.fromkeys(work for work, _ in settings.cells):
+        names = [system for each, system in settings.cells if each == work]
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            if name in systems:
+                measurement = _attempt(WORKS[work], name, outcome.runtime_s, systems, outcome, tell)
+                if measurement is not None:
+                    outcome.measurements.append(measurement)
+
+
+def _attempt(
+    work: Work, name: str, runtime_s: float, systems: dict[str, Running], outcome: Outcome, tell: Tell
+) -> Measurement | None:
+    """Measure; a system that fails is left out from here on, and what it did before does not count either."""
+    try:
+        return measure(work, name, systems[name], runtime_s)
+    except (fio.FioError, OSError) as error:
+        del systems[name]
+        outcome.measurements = [each for each in outcome.measurements if each.system != name]
+        outcome.skipped[name] = f"failed at {work.name}: {error}"
+        tell(f"{name} {outcome.skipped[name]}")
+        return None
+
+
+def measure(work: Work, name: str, system: Running, runtime_s: float) -> Measurement:
+    """CPU counts until the system is quiet again: what a copy does after the acknowledgement belongs to the write."""
+    before_s = _cpu(system)
+    if isinstance(system.target, fio.FileTarget):
+        sample = disk.measure(work, system.target.path, runtime_s)
+    else:
+        sample = fio.measure(work, system.target, runtime_s)
+    after_s = _settle(system)
+    used_s = {label: after_s[label] - before_s[label] for label in after_s}
+    for path in system.files:
+        _sync(path)
+    peaks = {label: rss_peak_bytes(pid) for label, pid in system.pids.items()}
+    return Measurement(work.name, name, sample, used_s, peaks)
+
+
+def _cpu(system: Running) -> dict[str, float]:
+    return {label: cpu_s(pid) for label, pid in system.pids.items()}
+
+
+def _settle(system: Running) -> dict[str, float]:
+    """Wait until nothing is lagging and no server uses CPU; return what they have used."""
+    deadline_s = time.monotonic() + _QUIET_TIMEOUT_S
+    used_s = _cpu(system)
+    while time.monotonic() < deadline_s:
+        time.sleep(_QUIET_POLL_S)
+        before_s, used_s = used_s, _cpu(system)
+        if used_s == before_s and (system.lag is None or system.lag().writes == 0):
+            break
+    return used_s
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fdatasync(file)
+    finally:
+        os.close(file)
+
+
+def _watch_lag(settings: Settings, systems: dict[str, Running], outcome: Outcome, tell: Tell) -> None:
+    """A load of its own, watched: the watching would cost the measured ones."""
+    load_s = min(_LAG_LOAD_S, max(1.0, settings.runtime_s))
+    for name, system in systems.items():
+        if system.lag is not None and any(each == name for _, each in settings.cells):
+            tell(f"watching the lag of {name}")
+            try:
+                outcome.lags.append(watch(WORKS[_LAG_WORK], name, system, load_s))
+            except (fio.FioError, NotAvailableError) as error:
+                outcome.skipped[f"{name} (lag)"] = str(error)

@@ -1,0 +1,87 @@
+"""Where a run keeps its files: one temporary directory, so that every system lies on the same file system."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from scripts.benchlib.process import NotAvailableError, uninterrupted
+from scripts.benchlib.works import MIB
+
+# Of ours: nbd, loop, P and S; of the peers: nbdkit, qemu-nbd, two of the mirror, two loops; the disk. And journals.
+_IMAGES = 11
+_JOURNALS_BYTES = 4 * 256 * MIB
+_COMMAND_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Workspace:
+    directory: Path
+    image_bytes: int
+
+    def image(self, name: str) -> Path:
+        """A written, synced image: nobody measures allocation."""
+        path = self.directory / f"{name}.img"
+        write_image(path, self.image_bytes)
+        return path
+
+    def log(self, name: str) -> Path:
+        return self.directory / f"{name}.log"
+
+
+def write_image(path: Path, size_bytes: int) -> None:
+    # Random once, repeated: no file system or disk that looks for zeros or equal sectors can cheat within a MiB.
+    block = os.urandom(MIB)
+    with path.open("wb", buffering=0) as image:
+        for start_bytes in range(0, size_bytes, MIB):
+            image.write(block[: min(MIB, size_bytes - start_bytes)])
+        os.fsync(image.fileno())
+
+
+@contextmanager
+def workspace(parent: Path, image_bytes: int) -> Iterator[Workspace]:
+    parent.mkdir(parents=True, exist_ok=True)
+    needed_bytes = _IMAGES * image_bytes + _JOURNALS_BYTES
+    free_bytes = shutil.disk_usage(parent).free
+    if free_bytes < needed_bytes:
+        have, need = free_bytes // MIB, needed_bytes // MIB
+        raise NotAvailableError(f"{parent} has {have} MiB free, a run needs {need}: give --dir or a smaller --size")
+    directory = Path(tempfile.mkdtemp(prefix="bench-", dir=parent))
+    try:
+        yield Workspace(directory, image_bytes)
+    finally:
+        with uninterrupted():
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def file_system(path: Path, mountinfo: str | None = None) -> str:
+    """Its type, such as ``ext4``: on ``tmpfs`` an fdatasync costs nothing and says nothing. See proc_pid_mountinfo(5)."""
+    text = Path("/proc/self/mountinfo").read_text() if mountinfo is None else mountinfo
+    kinds: dict[Path, str] = {}
+    for line in text.splitlines():
+        left, _, right = line.partition(" - ")
+        kinds[Path(left.split()[4])] = right.split()[0]  # a later mount hides an earlier one
+    path = path.resolve()
+    return next((kinds[place] for place in (path, *path.parents) if place in kinds), "unknown")
+
+
+def command(argv: list[str], *, timeout_s: float = _COMMAND_TIMEOUT_S, cwd: Path | None = None) -> str:
+    """Run a program to its end and return its output. Raises NotAvailableError with what it said."""
+    try:
+        done = subprocess.run(
+            argv, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL, cwd=cwd, check=False
+        )
+    except FileNotFoundError as error:
+        raise NotAvailableError(f"{argv[0]} is not installed") from error
+    except subprocess.TimeoutExpired as error:
+        raise NotAvailableError(f"{' '.join(argv[:6])} did not end within {timeout_s:g} s") from error
+    if done.returncode != 0:
+        words = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        raise NotAvailableError(f"{argv[0]} ended with {done.returncode}: {words[-1] if words else 'it says nothing'}")
+    return done.stdout
