@@ -61,7 +61,7 @@ def workspace(parent: Path, image_bytes: int) -> Iterator[Workspace]:
 
 
 def file_system(path: Path, mountinfo: str | None = None) -> str:
-    """Its type, such as ``ext4``: on ``tmpfs`` an fdatasync costs nothing and says nothing. See proc_pid_mountinfo(5)."""
+    """Its type, such as ``ext4``, from the mount table: proc_pid_mountinfo(5)."""
     text = Path("/proc/self/mountinfo").read_text() if mountinfo is None else mountinfo
     kinds: dict[Path, str] = {}
     for line in text.splitlines():
