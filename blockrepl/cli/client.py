@@ -25,7 +25,7 @@ def call(
     ``timeout_s`` is how long the node may say nothing, None for any time. Raises NotRunningError when no node answers,
     TimeoutExpiredError when it is silent, and else the error that the node answers with.
     """
-    with _connect(directory, timeout_s) as sock:
+    with connect(directory, timeout_s) as sock:
         try:
             sock.sendall(encode({"v": VERSION, "command": command, "args": args or {}}))
             for line in _lines(sock):
@@ -48,7 +48,7 @@ def call(
 def is_running(directory: Path) -> bool:
     """True when a process listens on the control socket, whether it answers or not."""
     try:
-        _connect(directory, 1.0).close()
+        connect(directory, 1.0).close()
     except (NotRunningError, EnvironmentLacksError):
         return False
     except TimeoutExpiredError:
@@ -56,7 +56,8 @@ def is_running(directory: Path) -> bool:
     return True
 
 
-def _connect(directory: Path, timeout_s: float | None) -> socket.socket:
+def connect(directory: Path, timeout_s: float | None) -> socket.socket:
+    """A connection to the node's control socket. Raises NotRunningError, or what keeps us from it."""
     path = directory / SOCKET_NAME
     try:
         directory_fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -8,6 +8,7 @@ one after the other. The commands and their results are described in docs/contro
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Collection
 from typing import Any
 
@@ -25,7 +26,16 @@ Message = dict[str, Any]
 
 def encode(message: Message) -> bytes:
     """One line."""
-    return msgspec.json.encode(message) + b"\n"
+    return msgspec.json.encode(message, enc_hook=plain) + b"\n"
+
+
+def plain(value: Any) -> Any:
+    """For JSON: sizes, addresses and paths as the integer or string they are."""
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, str | os.PathLike):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no place in JSON")
 
 
 def decode(line: bytes) -> Message:

@@ -1,0 +1,66 @@
+"""Asks every node of this machine at once, and knows which of them serves a volume now."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+from blockrepl.cli.client import call
+from blockrepl.definition import Definition, Node, Volume
+from blockrepl.errors import BlockreplError, NotRunningError
+from blockrepl.node.control_messages import Message
+
+STATUS_TIMEOUT_S = 3.0
+
+
+def node_statuses(definition: Definition) -> list[Message]:
+    """One object per node of the group, in file order, as docs/status.md describes; never raises."""
+    local = {node.name for node in definition.local_nodes()}
+    with ThreadPoolExecutor(max_workers=max(1, len(definition.nodes))) as pool:
+        return list(pool.map(lambda node: _ask(definition, node, node.name in local), definition.nodes))
+
+
+def _ask(definition: Definition, node: Node, local: bool) -> Message:
+    missing = {"schema": 1, "group": definition.name, "node": node.name, "role": node.role, "ready": False}
+    if not local:
+        return {**missing, "state": "elsewhere", "host": node.host}
+    try:
+        return call(node.directory, "status", timeout_s=STATUS_TIMEOUT_S)
+    except NotRunningError as error:
+        return {**missing, "state": "down", "error": str(error)}
+    except BlockreplError as error:
+        return {**missing, "state": "silent", "error": str(error)}
+
+
+def serving_node(definition: Definition, volume: Volume) -> Node:
+    """Where hosts may use the volume: its primary, or a secondary that has taken over. Raises NotRunningError."""
+    statuses = {status["node"]: status for status in node_statuses(definition)}
+    for name in (volume.secondary, volume.primary):  # after a takeover an old primary may still answer
+        entry = volume_entry(statuses.get(name, {}), volume.name)
+        if entry is not None and entry.get("active") is True:
+            return definition.node(name)
+    states = ", ".join(
+        f"{name} is {statuses[name].get('state', 'down')}"
+        for name in (volume.primary, volume.secondary)
+        if name in statuses
+    )
+    raise NotRunningError(
+        f"no node of this machine serves {definition.name}/{volume.name}: {states}",
+        hint=f"`blockrepl up {definition.path}` starts the nodes; `blockrepl takeover` makes the secondaries active",
+    )
+
+
+def attached_node(definition: Definition, volume: Volume) -> Node | None:
+    """Where the volume has a loop device now."""
+    for status in node_statuses(definition):
+        entry = volume_entry(status, volume.name)
+        if entry is not None and entry.get("attached"):
+            return definition.node(str(status["node"]))
+    return None
+
+
+def volume_entry(status: Message, name: str) -> Message | None:
+    """What a node's status says of one of its volumes."""
+    for entry in status.get("volumes") or []:
+        if entry.get("name") == name:
+            return dict(entry)
+    return None

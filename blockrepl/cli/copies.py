@@ -1,0 +1,164 @@
+"""``takeover`` and ``verify``: what one does with the second copy."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from blockrepl.cli.asking import node_statuses
+from blockrepl.cli.client import call
+from blockrepl.cli.output import bytes_text, console, error_console, print_error, print_json
+from blockrepl.cli.targets import File, Json, Target, find, find_volume
+from blockrepl.definition import Definition, Node, Volume
+from blockrepl.errors import BlockreplError, NotRunningError, UsageError
+from blockrepl.node.control_messages import Message
+
+SILENCE_S = 120.0  # a node at work says something at least this often
+
+
+def takeover(
+    target: Target = None,
+    file: File = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done and lost; change nothing.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Go on without secondaries that do not answer.")] = False,
+    read_only: Annotated[bool, typer.Option("--read-only", help="Hosts may read the volumes, not write.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make the secondaries active, all at the same number, under a new epoch. Run it at the secondary site."""
+    definition = find(target, file)
+    node = _answering_secondary(definition)
+    screen = error_console()
+
+    def step(progress: Message) -> None:
+        screen.print(f"{node.name}: {progress.get('step') or progress.get('message') or progress}")
+
+    args = {"dry_run": dry_run, "force": force, "read_only": read_only}
+    result = call(node.directory, "takeover", args, on_progress=step, timeout_s=SILENCE_S)
+    if as_json:
+        print_json(result)
+    else:
+        _tell(definition, result)
+
+
+def _answering_secondary(definition: Definition) -> Node:
+    """Any local one leads; it asks the others itself."""
+    secondaries = [node for node in definition.local_nodes() if node.role == "secondary"]
+    if not secondaries:
+        raise UsageError(
+            "no secondary of this group belongs on this machine", hint="run takeover where one does: see `blockrepl ls`"
+        )
+    for status in node_statuses(definition):
+        if status.get("role") == "secondary" and status["state"] not in ("down", "silent", "elsewhere"):
+            return definition.node(str(status["node"]))
+    raise NotRunningError(
+        f"no secondary runs here: {', '.join(node.name for node in secondaries)}",
+        hint=f"start them: blockrepl up {definition.path} --node {secondaries[0].name}",
+    )
+
+
+def _tell(definition: Definition, result: Message) -> None:
+    """What was done, or would be, and what it costs."""
+    out = console()
+    epoch = result.get("epoch") or {}
+    would = "would be" if result.get("dry_run") else "are"
+    out.print(
+        f"{definition.name}: the secondaries {would} at number {_text(result.get('number'))}, "
+        f"epoch {_text(epoch.get('number'))} ({str(epoch.get('id', '-'))[:8]})"
+    )
+    lost_writes, lost_bytes = result.get("lost_writes"), result.get("lost_bytes")
+    if lost_writes == 0:
+        out.print("lost: nothing that was acknowledged")
+    elif lost_writes is None:
+        out.print("lost: unknown, because the intermediate does not answer; at most what its journal holds beyond")
+    else:
+        out.print(f"lost: {lost_writes} writes, {bytes_text(lost_bytes)}")
+    for volume in result.get("volumes") or []:
+        access = "" if result.get("dry_run") else " read-write" if volume.get("writable") else " read-only"
+        out.print(f"{volume.get('name')}: {volume.get('image')} at {volume.get('node')}{access}")
+
+
+def verify(
+    target: Target = None,
+    volumes: Annotated[
+        list[str] | None, typer.Argument(metavar="VOLUME…", help="Only these; all that have a secondary otherwise.")
+    ] = None,
+    file: File = None,
+    as_json: Json = False,
+) -> None:
+    """Compare both ends of volumes while writes go on. Exit 0: they are the same; 1: they differ; 2: error."""
+    try:
+        definition, chosen = _volumes(target, volumes or [], file)
+        results = [_verify_one(definition, volume) for volume in chosen]
+    except BlockreplError as error:
+        print_error(error)
+        raise typer.Exit(2) from None
+    if as_json:
+        print_json({"schema": 1, "group": definition.name, "volumes": results})
+    else:
+        for result in results:
+            _tell_verified(definition, result)
+    if not all(result.get("same") is True for result in results):
+        raise typer.Exit(1)
+
+
+def _volumes(target: str | None, names: list[str], file: Path | None) -> tuple[Definition, list[Volume]]:
+    """TARGET may also be GROUP/VOLUME."""
+    if target is not None and "/" in target and not target.endswith(".toml"):
+        definition, volume = find_volume(target, file)
+        chosen = [volume, *(definition.volume(name) for name in names)]
+    else:
+        definition = find(target, file)
+        chosen = [definition.volume(name) for name in names]
+    for volume in chosen:
+        if not volume.replicated:
+            raise UsageError(f"{volume.name} has no secondary to compare with")
+    chosen = chosen or [volume for volume in definition.volumes if volume.replicated]
+    if not chosen:
+        raise UsageError(f"no volume of {definition.name} has a secondary to compare with")
+    return definition, chosen
+
+
+def _verify_one(definition: Definition, volume: Volume) -> Message:
+    node = definition.node(volume.primary)
+    if not sys.stderr.isatty():
+        return call(node.directory, "verify", {"volume": volume.name}, timeout_s=SILENCE_S)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=error_console(),
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task(f"{definition.name}/{volume.name}", total=volume.size_bytes)
+
+        def step(progress: Message) -> None:
+            bar.update(task, completed=progress.get("done_bytes", 0), total=progress.get("total_bytes"))
+
+        return call(node.directory, "verify", {"volume": volume.name}, on_progress=step, timeout_s=SILENCE_S)
+
+
+def _tell_verified(definition: Definition, result: Message) -> None:
+    name = f"{definition.name}/{result.get('volume')}"
+    if result.get("same") is True:
+        console().print(f"{name}: the same, {bytes_text(result.get('compared_bytes'))} compared")
+        return
+    ranges = result.get("differing") or []
+    total = sum(int(each.get("length_bytes", 0)) for each in ranges)
+    console().print(f"{name}: differs in {bytes_text(total)}, in {len(ranges)} ranges")
+    for each in ranges[:10]:
+        console().print(f"  {each.get('length_bytes')} bytes at {each.get('offset_bytes')}")
+    if len(ranges) > 10:
+        console().print(f"  and {len(ranges) - 10} more; --json has all")
+
+
+def _text(value: object) -> str:
+    return "-" if value is None else str(value)
