@@ -86,7 +86,10 @@ def wait_ready(started: Started, deadline_s: float) -> None:
             if answer.get("ready") is True:
                 return
             state = str(answer.get("state"))
-        except (NotRunningError, TimeoutExpiredError):
+        except NotRunningError:
+            if started.process is None and pid_of(node) is None:
+                raise
+        except TimeoutExpiredError:
             pass
         if time.monotonic() >= deadline_s:
             raise TimeoutExpiredError(

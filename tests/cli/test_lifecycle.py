@@ -32,9 +32,10 @@ def test_up_waits_until_nodes_say_they_are_ready(group: FakeGroup, run: Run) -> 
 
 def test_up_says_which_node_is_not_ready_in_time(group: FakeGroup, run: Run) -> None:
     group.plan("p1", ready_after=1 << 30)
-    result = run("up", group.path, "--timeout", "0.5")
+    result = run("up", group.path, "--node", "p1", "--timeout", "0.1")
     assert result.code == 6
-    assert "node p1 runs, but is not ready yet (replaying)" in result.err
+    assert "node p1 runs, but is not ready yet" in result.err
+    assert str(group.node("p1").directory / "node.log") in result.err
 
 
 def test_up_shows_the_log_and_exit_code_of_a_node_that_does_not_start(group: FakeGroup, run: Run) -> None:
