@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from scripts.benchlib.fio import BlockTarget
@@ -13,15 +14,31 @@ from scripts.benchlib.process import running
 from scripts.benchlib.systems import Running, require_root
 from scripts.benchlib.workspace import Workspace, command
 
+_DETACH_TIMEOUT_S = 5.0
+
 
 @contextmanager
 def losetup(path: Path) -> Iterator[Path]:
     """A loop device with direct I/O over ``path``; gone at the end, in time for its server to end after it."""
-    device = Path(command(["losetup", "--find", "--show", "--direct-io=on", str(path)]).strip())
     try:
-        yield device
+        yield Path(command(["losetup", "--find", "--show", "--direct-io=on", str(path)]).strip())
     finally:
-        subprocess.run(["losetup", "--detach", str(device)], capture_output=True, check=False, timeout=30)
+        # Asked of the kernel, not remembered: an interrupt may come between the device and its name.
+        for device in devices_over(path):
+            subprocess.run(["losetup", "--detach", str(device)], capture_output=True, check=False, timeout=30)
+        deadline_s = time.monotonic() + _DETACH_TIMEOUT_S  # a detach is lazy while someone (udev) has it open
+        while devices_over(path) and time.monotonic() < deadline_s:
+            time.sleep(0.02)
+
+
+def devices_over(path: Path) -> list[Path]:
+    """Loop devices whose backing file is ``path``."""
+    found = []
+    for file in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with suppress(OSError):
+            if file.read_text().rstrip("\n") == str(path.absolute()):
+                found.append(Path("/dev") / file.parent.parent.name)
+    return found
 
 
 @contextmanager

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from blockrepl.cli.client import call
+from blockrepl.errors import BlockreplError
 from scripts.benchlib.fio import BlockTarget, NbdTarget, fill
-from scripts.benchlib.process import free_port
-from scripts.benchlib.systems import Running, require_root
+from scripts.benchlib.process import NotAvailableError, free_port
+from scripts.benchlib.systems import Lag, Running, require_root
 from scripts.benchlib.workspace import Workspace, command
 
 _COMMAND = [sys.executable, "-m", "blockrepl.cli.main"]
@@ -61,16 +64,35 @@ def group(directory: Workspace, name: str, nodes: list[Node], volumes: list[Volu
     home.mkdir()
     file = home / "group.toml"
     file.write_text(definition(name, nodes, volumes))
-    command([*_COMMAND, "create", str(file)])
+    blockrepl(file, "create")
     try:
-        command([*_COMMAND, "up", str(file)])
+        blockrepl(file, "up")
         yield file
     finally:
-        subprocess.run([*_COMMAND, "down", str(file)], capture_output=True, check=False, timeout=60)
+        with suppress(NotAvailableError):
+            blockrepl(file, "down")
+
+
+def blockrepl(file: Path, *arguments: str) -> str:
+    """Run one command on this definition; returns its output. Notes of running groups stay in the workspace."""
+    env = {**os.environ, "BLOCKREPL_FILE": str(file), "BLOCKREPL_RUNTIME_DIR": str(file.parent / "run")}
+    return command([*_COMMAND, *arguments], env=env)
 
 
 def pids(file: Path, nodes: list[Node]) -> dict[str, int]:
     return {node.name: int((file.parent / node.name / "node.pid").read_text().split()[0]) for node in nodes}
+
+
+def lag(intermediate: Path) -> Lag:
+    """Of the secondary that is behind most, as the intermediate sees it: what `status` shows."""
+    try:
+        peers = call(intermediate, "status")["peers"]
+    except BlockreplError as error:
+        raise NotAvailableError(str(error)) from error
+    return Lag(
+        max((peer.get("lag_writes") or 0 for peer in peers), default=0),
+        max((peer.get("lag_bytes") or 0 for peer in peers), default=0),
+    )
 
 
 def files(file: Path) -> tuple[Path, ...]:
@@ -102,7 +124,7 @@ def replicated(directory: Workspace) -> Iterator[Running]:
     with group(directory, "bench-replicated", nodes, volumes) as file:
         target = NbdTarget(port, "data")
         fill(target, directory.image_bytes)
-        yield Running(target, pids(file, nodes), files(file))
+        yield Running(target, pids(file, nodes), files(file), partial(lag, file.parent / "i1"))
 
 
 @contextmanager
@@ -112,11 +134,11 @@ def loop(directory: Workspace) -> Iterator[Running]:
     nodes = [Node("p1", "primary")]
     volumes = [Volume("data", "none", directory.image_bytes, "loop")]
     with group(directory, "bench-loop", nodes, volumes) as file:
-        device = Path(command([*_COMMAND, "attach", "bench-loop/data"], cwd=file.parent).strip())
+        device = Path(blockrepl(file, "attach", "bench-loop/data").strip())
         try:
             target = BlockTarget(device)
             fill(target, directory.image_bytes)
             yield Running(target, pids(file, nodes), files(file))
         finally:
-            detach = [*_COMMAND, "detach", "bench-loop/data"]
-            subprocess.run(detach, capture_output=True, check=False, timeout=60, cwd=file.parent)
+            with suppress(NotAvailableError):
+                blockrepl(file, "detach", "bench-loop/data")

@@ -115,7 +115,7 @@ def _attempt(
     """Measure; a system that fails is left out from here on, and what it did before does not count either."""
     try:
         return measure(work, name, systems[name], runtime_s)
-    except (fio.FioError, OSError) as error:
+    except (fio.FioError, NotAvailableError, OSError) as error:
         del systems[name]
         outcome.measurements = [each for each in outcome.measurements if each.system != name]
         outcome.skipped[name] = f"failed at {work.name}: {error}"

@@ -18,6 +18,7 @@ from scripts.benchlib.works import MIB
 _IMAGES = 11
 _JOURNALS_BYTES = 4 * 256 * MIB
 _COMMAND_TIMEOUT_S = 60.0
+_LAST_LINES = 3
 
 
 @dataclass(frozen=True)
@@ -71,17 +72,19 @@ def file_system(path: Path, mountinfo: str | None = None) -> str:
     return next((kinds[place] for place in (path, *path.parents) if place in kinds), "unknown")
 
 
-def command(argv: list[str], *, timeout_s: float = _COMMAND_TIMEOUT_S, cwd: Path | None = None) -> str:
+def command(argv: list[str], *, timeout_s: float = _COMMAND_TIMEOUT_S, env: dict[str, str] | None = None) -> str:
     """Run a program to its end and return its output. Raises NotAvailableError with what it said."""
     try:
         done = subprocess.run(
-            argv, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL, cwd=cwd, check=False
+            argv, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL, env=env, check=False
         )
     except FileNotFoundError as error:
         raise NotAvailableError(f"{argv[0]} is not installed") from error
     except subprocess.TimeoutExpired as error:
         raise NotAvailableError(f"{' '.join(argv[:6])} did not end within {timeout_s:g} s") from error
     if done.returncode != 0:
-        words = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        raise NotAvailableError(f"{argv[0]} ended with {done.returncode}: {words[-1] if words else 'it says nothing'}")
+        words = " / ".join(
+            (done.stderr.strip() or done.stdout.strip() or "it says nothing").splitlines()[-_LAST_LINES:]
+        )
+        raise NotAvailableError(f"{Path(argv[0]).name} ended with {done.returncode}: {words}")
     return done.stdout

@@ -14,8 +14,11 @@ from pathlib import Path
 import pytest
 
 from blockrepl.definition import load
+from scripts.benchlib import ours
 from scripts.benchlib.__main__ import names
 from scripts.benchlib.ours import Node, Volume, definition
+from scripts.benchlib.process import NotAvailableError
+from scripts.benchlib.systems import Lag
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -112,3 +115,18 @@ def test_interrupted_run_stops_its_servers_and_removes_its_files(tmp_path: Path,
     assert processes_that_name(images) == []
     loops = [file.read_text().strip() for file in Path("/sys/block").glob("loop*/loop/backing_file")]
     assert [path for path in loops if str(images) in path] == []
+
+
+def test_lag_is_that_of_the_secondary_that_is_behind_most(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    peers = [
+        {"node": "p1"},
+        {"node": "s1", "lag_writes": 7, "lag_bytes": 10},
+        {"node": "s2", "lag_writes": 2, "lag_bytes": 99},
+    ]
+    monkeypatch.setattr(ours, "call", lambda directory, command: {"peers": peers})
+    assert ours.lag(tmp_path) == Lag(7, 99)
+
+
+def test_intermediate_that_does_not_answer_is_not_available(tmp_path: Path) -> None:
+    with pytest.raises(NotAvailableError, match="no node runs here"):
+        ours.lag(tmp_path)
