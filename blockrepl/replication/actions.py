@@ -65,9 +65,9 @@ class SaveState:
 
 @dataclass(slots=True)
 class Transmit:
-    """Send records of stream ``node`` above ``after`` on ``link``, about ``limit_bytes`` of frames.
+    """Send records of stream ``node`` above ``after`` on ``link``, at most ``limit_bytes`` of frames.
 
-    Answered by `transmitted(node, link, last number, frame bytes)`.
+    Some helping of it: the host chooses how much. Answered by `transmitted(node, link, last number, frame bytes)`.
     """
 
     node: int
@@ -97,9 +97,9 @@ class Trim:
 
 @dataclass(slots=True)
 class Truncate:
-    """Discard records above ``number`` from this node's journal, durably; with ``dry_run`` only count them.
+    """Discard records above ``number`` from this node's journal and save the role's `state`, in one durable write.
 
-    Answered by `truncated(token, writes, payload bytes, last record left)`.
+    With ``dry_run`` only count them. Answered by `truncated(token, writes, bytes, last record not above it)`.
     """
 
     number: int

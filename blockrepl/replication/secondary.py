@@ -385,20 +385,31 @@ class Secondary:
             return [self._would_store(link, 0, 0)]
         if fields["truncate"] and not self.validated <= number <= self.held:
             raise ProtocolError(f"takeover at {number}: validated {self.validated}, held {self.held} here")
-        if state.epoch.number:
-            state.history.append((state.epoch, min(number, self.held)))
-        state.epoch = fields["epoch"]
-        state.number, state.members, state.rolling = number, fields["members"], fields["truncate"]
-        self._store_link, self._discarded = link, (0, 0)
         if not fields["truncate"]:
+            self._adopt_epoch(link, fields, self.held)
             self.machine.go("go on")
             return [SaveState(self._later(lambda _: [self._stored()]))]
-        # The note follows the number: with the epoch it stands for "all of mine up to number", and the recovery of
-        # this journal drops what older epochs have beyond it.
-        self.machine.go("store")
-        state.prepared = number
-        state.held = min(self.received, number)
-        return [SaveState(self._later(lambda _: self._roll_forward()))]
+
+        def counted(writes: int, size_bytes: int, now_s: float) -> list[Action]:
+            if fields["promise"] != state.promised or self.phase is not Phase.PROMISED:
+                return [self._would_store(link, 0, 0)]
+            self._adopt_epoch(link, fields, number)
+            self._discarded = (writes, size_bytes)
+            # With the epoch the note stands for "all of mine up to number".
+            state.prepared = number
+            self.received = state.held = self._last_kept
+            self.machine.go("store")
+            return self._roll_forward()
+
+        return [self._truncate(number, counted, dry_run=True)]
+
+    def _adopt_epoch(self, link: int, fields: dict[str, Any], last: int) -> None:
+        state = self.state
+        if state.epoch.number:
+            state.history.append((state.epoch, last))
+        state.epoch = fields["epoch"]
+        state.number, state.members, state.rolling = fields["number"], fields["members"], fields["truncate"]
+        self._store_link, self._discarded = link, (0, 0)
 
     def _truncate(
         self, number: int, then: Callable[[int, int, float], list[Action]], *, dry_run: bool = False
@@ -408,18 +419,18 @@ class Secondary:
         return Truncate(number, self._token, dry_run)
 
     def truncated(self, token: int, writes: int, size_bytes: int, last: int, now_s: float) -> list[Action]:
-        """Records above the number are gone (or were counted); ``last`` is the last record that is left, 0 for none."""
-        then = self._truncating.pop(token)
-        if self.phase is Phase.STORING:
-            self.received = self.state.held = min(self.received, max(last, self.state.applied))
-        return then(writes, size_bytes, now_s)
+        """Records above the number are gone, with our state stored in the same write; or they were only counted.
+
+        ``last`` is the last record of ours that is not above it.
+        """
+        self._last_kept = last
+        return self._truncating.pop(token)(writes, size_bytes, now_s)
 
     def _roll_forward(self) -> list[Action]:
         """Discard what lies beyond the epoch's number, apply what lies before it, make it durable, say so."""
         number = self.state.number
 
         def discarded(writes: int, size_bytes: int, now_s: float) -> list[Action]:
-            self._discarded = (writes, size_bytes)
             self.validated = max(self.validated, number)
             self._waiting_applied.append((number, lambda _: self._settle(number)))
             return [Apply(number)]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from blockrepl.errors import ProtocolError
 from blockrepl.formats.link import Message, encode
 from blockrepl.replication.actions import Action, Send, Transmit
-from blockrepl.replication.policy import MAX_OPEN_ROUNDS, TRANSMIT_BYTES
+from blockrepl.replication.policy import MAX_OPEN_ROUNDS
 
 
 @dataclass(slots=True)
@@ -109,7 +109,7 @@ class Streams:
         if room <= 0:
             return []
         stream.busy = True
-        return [Transmit(stream.node, stream.link, stream.sent, stream.durable, min(room, TRANSMIT_BYTES))]
+        return [Transmit(stream.node, stream.link, stream.sent, stream.durable, room)]
 
     def transmitted(self, node: int, link: int, last: int, frame_bytes: int) -> list[Action]:
         """A helping was handed to the link: records up to ``last`` (unchanged when no record fits the credit)."""

@@ -112,6 +112,7 @@ class Takeover:
         self._epoch: Epoch = NO_EPOCH  # our authority
         self._store_epoch: Epoch = NO_EPOCH  # what is stored: ours, or the one of a takeover to be finished
         self._tries = 0
+        self._drained_at = 0
 
     @property
     def phase(self) -> Phase:
@@ -212,8 +213,9 @@ class Takeover:
             if fields["epoch"] != self._epoch and not self.report.dry_run:
                 return self._higher(fields["epoch"], [node])
             self.report.drained = True
-            held = fields["held"]
-            return [Event(f"the intermediate is drained at {held}"), *self._promise("promise", now_s)]
+            self._drained_at = held = fields["held"]
+            text = "would be" if self.report.dry_run else "is"
+            return [Event(f"the intermediate {text} drained at {held}"), *self._promise("promise", now_s)]
         if self.phase is not Phase.PROMISING:
             return []
         if fields["epoch"] != self._epoch and not self.report.dry_run and not fields["active"]:
@@ -249,6 +251,8 @@ class Takeover:
         self.machine.go("store")
         self._deadline_s = now_s + self._patience_s * 4
         targets = [node for node, answer in answers.items() if not (answer["active"] or self._has_stored(answer))]
+        if report.dry_run and report.drained:  # a real one would bring them all up to what the intermediate holds
+            report.number, targets = max(report.number, self._drained_at), []
         self._answers = {node: answer for node, answer in answers.items() if node not in targets}
         if not targets:
             return self._activate()

@@ -1,0 +1,288 @@
+"""Hosts the intermediate: its journal, the records in memory for the secondaries, replay for primaries."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from blockrepl.chunks import Chunk
+from blockrepl.errors import BlockreplError, StorageError
+from blockrepl.formats.journal import FrameKind
+from blockrepl.formats.link import Message, bulk_header
+from blockrepl.formats.record import RecordHead, decode_batch, frame_bytes
+from blockrepl.formats.state import encode_intermediate
+from blockrepl.node.host import Host
+from blockrepl.node.ports import Clock, Links, Log, Workers
+from blockrepl.replication.actions import Append, Replay, SaveState, Transmit
+from blockrepl.replication.intermediate import Intermediate
+from blockrepl.replication.policy import TRANSMIT_BYTES
+from blockrepl.storage.frame_index import FrameRef
+from blockrepl.storage.journal_file import JournalFile
+
+CACHE_BYTES = 48 << 20  # newest records kept in memory for the secondaries; older ones are read from the ring
+REPLAY_QUEUE_BYTES = 8 << 20  # a replay pauses while the primary has this much to read
+TRIM_SHARE = 16  # the superblock is written when this part of the ring can go, or once a second
+
+
+@dataclass(slots=True)
+class Kept:
+    """A record in memory."""
+
+    head: RecordHead
+    record: memoryview
+    chunk: Chunk
+    frame_bytes: int
+    position: int  # journal position that is durable when it is
+
+
+@dataclass(slots=True)
+class ReplayJob:
+    """A primary's own records on their way back to it."""
+
+    action: Replay
+    after: int
+
+
+class IntermediateHost(Host):
+    """Performs the intermediate's actions.
+
+    ``journal`` is recovered and durable; the role has been told of its records.
+    """
+
+    def __init__(
+        self, role: Intermediate, journal: JournalFile, links: Links, clock: Clock, workers: Workers, log: Log
+    ) -> None:
+        super().__init__(links, clock, workers, log)
+        self.role = role
+        self.journal = journal
+        self._performers |= {
+            Append: self._append,
+            SaveState: self._save,
+            Transmit: self._transmit,
+            Replay: self._replay,
+        }
+        self._undurable: deque[Kept] = deque()
+        self._unfit: deque[Append] = deque()  # appended when the ring has room again
+        self._cache: dict[int, deque[Kept]] = {node: deque() for node in role.streams.by_node}
+        self._cache_bytes = 0
+        self._dirty = False
+        self._replays: dict[int, ReplayJob] = {}
+        self._trim_s = 0.0
+        self._reserve_bytes = journal.journal.ring_bytes // 4  # for PADs, and so that credit is never overdrawn
+        journal.on_durable = self._durable
+        journal.on_failed = self._failed
+        self._tell_room()
+
+    # entries from outside
+
+    def batch(self, link: int, chunk: Chunk, start: int, end: int) -> None:
+        """A BATCH's record arrived. Raises ProtocolError."""
+        head = decode_batch(chunk.view[start:end])
+        self.perform(self.role.batch(link, head, chunk, start, end, self.clock.now_s(), self.clock.wall_ns()))
+
+    def tick(self) -> None:
+        """Time passes."""
+        now_s = self.clock.now_s()
+        self.perform(self.role.tick(now_s, self.clock.boot_ns()))
+        for job in list(self._replays.values()):
+            self._replay_more(job)
+        self._maybe_trim(now_s)
+        self.settle()
+
+    def lost(self, link: int) -> None:
+        """A link is gone."""
+        self._replays.pop(link, None)
+        self.perform(self.role.lost(link, self.clock.now_s()))
+
+    def settle(self) -> None:
+        if self._dirty:
+            self._dirty = False
+            self._guarded(self.journal.commit)
+        super().settle()
+
+    def _guarded(self, call: Callable[[], Any]) -> None:
+        """A journal that failed has told `_failed`; what comes later is dropped (rule 11)."""
+        try:
+            call()
+        except StorageError as error:
+            self._failed(error)
+
+    # journal
+
+    def _append(self, action: Append) -> None:
+        if self._unfit or not self.journal.journal.fits(action.head.size_bytes):
+            self._unfit.append(action)
+            return
+        self._put(action)
+
+    def _put(self, action: Append) -> None:
+        head = action.head
+        try:
+            position = self.journal.append(
+                FrameKind.RECORD, head.first, head.count, head.stream, head.sender, head.header_crc,
+                [action.record], head.size_bytes,
+            )  # fmt: skip
+        except StorageError as error:
+            self._failed(error)
+            return
+        self._dirty = True
+        self._undurable.append(Kept(head, action.record, action.chunk, frame_bytes(head.size_bytes), position))
+
+    def _durable(self, position: int) -> None:
+        undurable, cache = self._undurable, self._cache
+        last = 0
+        while undurable and undurable[0].position <= position:
+            kept = undurable.popleft()
+            last = kept.head.last
+            cache[kept.head.stream].append(kept)
+            self._cache_bytes += kept.frame_bytes
+        if last:
+            self.perform(self.role.durable(last, self.clock.now_s()))
+            self._evict()
+        self._put_unfit()
+        self.settle()
+
+    def _put_unfit(self) -> None:
+        while self._unfit and self.journal.journal.fits(self._unfit[0].head.size_bytes):
+            self._put(self._unfit.popleft())
+
+    def _evict(self) -> None:
+        """Memory holds only the newest: a slow secondary is served from the ring."""
+        if self._cache_bytes <= CACHE_BYTES:
+            return
+        queues = sorted(self._cache.values(), key=lambda queue: queue[0].head.first if queue else float("inf"))
+        for queue in queues:
+            while queue and self._cache_bytes > CACHE_BYTES:
+                self._drop(queue)
+
+    def _drop(self, queue: deque[Kept]) -> None:
+        kept = queue.popleft()
+        self._cache_bytes -= kept.frame_bytes
+        kept.chunk.release()
+
+    def _failed(self, error: BlockreplError) -> None:
+        self.perform(self.role.fail(str(error)))
+        self.links.settle()
+
+    def _save(self, action: SaveState) -> None:
+        state = encode_intermediate(self.role.durable_state())
+        self._guarded(lambda: self.journal.save(state, done=lambda: self._saved(action.token)))
+
+    def _saved(self, token: int) -> None:
+        self.perform(self.role.saved(token, self.clock.now_s()))
+        self.settle()
+
+    def _maybe_trim(self, now_s: float) -> None:
+        journal = self.journal.journal
+        if self.journal.failed is not None:
+            return
+        position = min(journal.position_after(self.role.releasable), journal.durable)
+        gain = position - journal.head
+        if gain <= 0 or (gain < journal.ring_bytes // TRIM_SHARE and now_s - self._trim_s < 1.0):
+            return
+        self._trim_s = now_s
+        state = encode_intermediate(self.role.durable_state())
+        self._guarded(lambda: self.journal.save(state, trim_to=position, done=self._trimmed))
+
+    def _trimmed(self) -> None:
+        self._tell_room()
+        self._put_unfit()
+        self.settle()
+
+    def _tell_room(self) -> None:
+        free = self.journal.journal.free_bytes - self._reserve_bytes
+        self.perform(self.role.ring(max(0, free)))
+
+    # hop 2
+
+    def _transmit(self, action: Transmit) -> None:
+        queue = self._cache[action.node]
+        while queue and queue[0].head.last <= action.after:
+            self._drop(queue)
+        if not queue or queue[0].head.previous > action.after:
+            self._transmit_from_ring(action)
+            return
+        limit = action.limit_bytes
+        sent_bytes, last = 0, action.after
+        epoch = self.role.state.epoch.number
+        while queue and queue[0].head.last <= action.through:
+            kept = queue[0]
+            if sent_bytes + kept.frame_bytes > limit or (sent_bytes and sent_bytes >= TRANSMIT_BYTES):
+                break
+            queue.popleft()
+            self._cache_bytes -= kept.frame_bytes
+            self.links.send(
+                action.link, [bulk_header(Message.RECORD, epoch, len(kept.record)), kept.record], kept.chunk
+            )
+            sent_bytes += kept.frame_bytes
+            last = kept.head.last
+        self._transmitted(action, last, sent_bytes)
+
+    def _transmitted(self, action: Transmit, last: int, sent_bytes: int) -> None:
+        now_s = self.clock.now_s()
+        self.perform(self.role.transmitted(action.node, action.link, last, sent_bytes, now_s))
+
+    def _transmit_from_ring(self, action: Transmit) -> None:
+        """Catch-up: read a helping of the stream by a worker."""
+        budget = min(action.limit_bytes, TRANSMIT_BYTES)
+        frames: list[FrameRef] = []
+        used = 0
+        for frame in self.journal.journal.frames_after(action.node, action.after, budget):
+            size = frame_bytes(frame.body_bytes)
+            if frame.last > action.through or used + size > action.limit_bytes:
+                break
+            frames.append(frame)
+            used += size
+        if not frames:
+            self._transmitted(action, action.after, 0)
+            return
+
+        def read_done(records: Any, error: Exception | None) -> None:
+            if error is not None:
+                self.perform(self.role.fail(f"cannot read the journal: {error}"))
+            else:
+                self._send_records(action.link, records)
+                self._transmitted(action, frames[-1].last, used)
+            self.settle()
+
+        self.workers.run(lambda: self._read(frames), read_done)
+
+    def _read(self, frames: list[FrameRef]) -> list[bytes]:
+        return [self.journal.read(frame.body_offset, frame.body_bytes) for frame in frames]
+
+    def _send_records(self, link: int, records: list[bytes]) -> None:
+        epoch = self.role.state.epoch.number
+        for record in records:
+            self.links.send(link, [bulk_header(Message.RECORD, epoch, len(record)), record], None)
+
+    # replay
+
+    def _replay(self, action: Replay) -> None:
+        job = ReplayJob(action, action.after)
+        self._replays[action.link] = job
+        self._replay_more(job)
+
+    def _replay_more(self, job: ReplayJob) -> None:
+        action = job.action
+        if self._replays.get(action.link) is not job or self.links.queued_bytes(action.link) > REPLAY_QUEUE_BYTES:
+            return
+        refs = self.journal.journal.frames_of_sender(action.sender, job.after, TRANSMIT_BYTES)
+        frames = [frame for frame in refs if frame.last <= action.through]
+        del self._replays[action.link]
+        if not frames:
+            self.links.send(action.link, [action.end], None)
+            return
+
+        def read_done(records: Any, error: Exception | None) -> None:
+            if error is not None:
+                self.perform(self.role.fail(f"cannot read the journal: {error}"))
+            elif action.link in self.role.senders.by_link:
+                self._send_records(action.link, records)
+                job.after = frames[-1].last
+                self._replays[action.link] = job
+                self._replay_more(job)
+            self.settle()
+
+        self.workers.run(lambda: self._read(frames), read_done)

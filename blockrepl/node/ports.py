@@ -1,0 +1,92 @@
+"""What the hosts of the roles need from the outside: links, time, workers. The asyncio shell has one set of them,
+the simulator another; the hosts are the same code in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from blockrepl.block import Buffer, WriteBatch
+from blockrepl.chunks import Chunk
+
+
+class Links(Protocol):
+    """Sending and closing, by link number. What is sent on a link that is gone is dropped."""
+
+    def send(self, link: int, buffers: Sequence[Buffer], chunk: Chunk | None) -> None:
+        """Queue; `settle` pushes it out."""
+
+    def close(self, link: int, reason: str, last_words: bytes) -> None:
+        """Close; unread input is dropped; the role's `lost` is called afterwards."""
+
+    def queued_bytes(self, link: int) -> int:
+        """What waits for the peer to read, bytes."""
+
+    def settle(self) -> None:
+        """End of an event: push out what was queued."""
+
+
+class Clock(Protocol):
+    """Time, three ways."""
+
+    def now_s(self) -> float:
+        """Monotonic, seconds."""
+
+    def boot_ns(self) -> int:
+        """CLOCK_BOOTTIME, nanoseconds: counts while suspended too."""
+
+    def wall_ns(self) -> int:
+        """Since 1970; may jump. For people only."""
+
+
+class Workers(Protocol):
+    """Blocking work off the loop."""
+
+    def run(self, function: Callable[[], Any], done: Callable[[Any, Exception | None], None]) -> None:
+        """Call ``function`` elsewhere, then ``done(result, error)`` on the loop."""
+
+    def later(self, function: Callable[[], None]) -> None:
+        """Call ``function`` on the loop, after what waits there now."""
+
+
+class Image(Protocol):
+    """A volume's bytes: `storage.image.ImageFile`, or the simulator's. Offsets and lengths in bytes; raises OSError."""
+
+    fd: int
+    size_bytes: int
+
+    def pwrite(self, offset_bytes: int, data: memoryview) -> None:
+        """Into the page cache."""
+
+    def store(self, batch: WriteBatch) -> None:
+        """A whole batch into the page cache; sets its errors."""
+
+    def zero(self, offset_bytes: int, length_bytes: int, *, allocate: bool) -> None:
+        """Reads as zeroes afterwards."""
+
+    def trim(self, offset_bytes: int, length_bytes: int) -> None:
+        """Reads as zeroes afterwards; gives its space back."""
+
+    def read_cached(self, offset_bytes: int, view: memoryview) -> bool:
+        """Fill from the page cache only; False when it is not all there."""
+
+    def read(self, offset_bytes: int, view: memoryview) -> None:
+        """Fill, from the disk if need be."""
+
+    def allocation(self, offset_bytes: int, length_bytes: int) -> list[tuple[int, int, bool]]:
+        """Extents as (offset, length, is_data)."""
+
+
+class Disk(Protocol):
+    """`storage.executor.DiskThread`, or the simulator's."""
+
+    def sync(self, fd: int, done: Callable[[OSError | None], None]) -> None:
+        """Make durable all that was written to ``fd`` before; then ``done`` on the loop."""
+
+
+class Log(Protocol):
+    """Where events go."""
+
+    def __call__(self, text: str, fields: dict[str, object]) -> None:
+        """One event."""

@@ -1,0 +1,260 @@
+"""Hosts a primary: its P-VOLs, its state file, and the volumes that front ends see."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from blockrepl.block import Volume, WriteBatch
+from blockrepl.errors import BlockError, StorageError
+from blockrepl.formats.record import RecordHead, iterate_entries
+from blockrepl.formats.state import encode_primary
+from blockrepl.node.digests import VERIFY_BLOCK_BYTES, digest_range
+from blockrepl.node.host import Host
+from blockrepl.node.ports import Clock, Disk, Image, Links, Log, Workers
+from blockrepl.node.store import store_entry
+from blockrepl.replication.actions import (
+    DigestBlocks,
+    Digested,
+    FailBatch,
+    SaveState,
+    StoreBatch,
+    StoreRecord,
+    SyncVolumes,
+)
+from blockrepl.replication.primary import Phase, Primary
+
+SaveBlob = Callable[[bytes, Callable[[], None]], None]
+"""Write a state blob durably, then call back on the loop; raises StorageError."""
+
+
+class PrimaryHost(Host):
+    """Performs a primary's actions. ``images``: volume id → its P-VOL."""
+
+    def __init__(
+        self,
+        role: Primary,
+        images: dict[int, Image],
+        save_blob: SaveBlob,
+        disk: Disk,
+        links: Links,
+        clock: Clock,
+        workers: Workers,
+        log: Log,
+    ) -> None:
+        super().__init__(links, clock, workers, log)
+        self.role = role
+        self.images = images
+        self.disk = disk
+        self.on_digested: Callable[[dict[str, Any]], None] = lambda _fields: None
+        self._save_blob = save_blob
+        self._dirty: set[int] = set()
+        self._waiting: list[Callable[[], None]] = []
+        self._performers |= {
+            StoreBatch: self._store_batch,
+            StoreRecord: self._store_record,
+            FailBatch: self._fail_batch,
+            SyncVolumes: self._sync_volumes,
+            SaveState: self._save,
+            DigestBlocks: self._digest_blocks,
+            Digested: self._digested,
+        }
+
+    # entries from outside
+
+    def submit(self, volume: int, batch: WriteBatch) -> None:
+        """A front end's batch."""
+        self.perform(self.role.submit(volume, batch, self.clock.now_s()))
+        self.settle()
+
+    def record(self, link: int, head: RecordHead, record: memoryview) -> None:
+        """A RECORD arrived (replay). Raises ProtocolError."""
+        self.perform(self.role.record(link, head, record, self.clock.now_s()))
+
+    def tick(self) -> None:
+        """Time passes."""
+        self.perform(self.role.tick(self.clock.now_s(), self.clock.boot_ns()))
+        self.settle()
+
+    def lost(self, link: int) -> None:
+        """A link is gone."""
+        self.perform(self.role.lost(link, self.clock.now_s()))
+
+    def settle(self) -> None:
+        super().settle()
+        if self._waiting and not self.role.congested:
+            waiting, self._waiting = self._waiting, []
+            for resume in waiting:
+                resume()
+
+    def when_relieved(self, resume: Callable[[], None]) -> None:
+        """Call when the role is no longer congested."""
+        self._waiting.append(resume)
+
+    def fail(self, reason: str) -> None:
+        """A disk error: stop (rule 11)."""
+        self.perform(self.role.failed(reason))
+        self.settle()
+
+    # performing
+
+    def _store_batch(self, action: StoreBatch) -> None:
+        batch = action.batch
+        stored: list[BlockError | None] | None = None
+        if self.role.phase is not Phase.FAILED:
+            told, batch.errors = batch.errors, None
+            self.images[action.volume].store(batch)
+            stored, batch.errors = batch.errors, told if not action.report else batch.errors
+            self._dirty.add(action.volume)
+        elif action.report:
+            batch.fail(BlockError(errno.EIO, "the primary stopped after a disk error"))
+        batch.release()
+        if stored is not None:
+            failed = next(error for error in stored if error is not None)
+            self.perform(self.role.failed(f"volume {action.volume}: {failed}"))
+        if not action.report:
+            return
+        if batch.fua and batch.errors is None:
+            self.disk.sync(self.images[action.volume].fd, partial(self._fua_synced, batch))
+        else:
+            batch.done(batch)
+
+    def _fua_synced(self, batch: WriteBatch, error: OSError | None) -> None:
+        if error is not None:
+            self.fail(f"sync failed: {error}")
+            batch.fail(BlockError(errno.EIO, str(error)))
+        batch.done(batch)
+
+    def _store_record(self, action: StoreRecord) -> None:
+        try:
+            for volume, op, flags, offset, length, payload in iterate_entries(action.head, action.record):
+                image = self.images.get(volume)
+                if image is not None:
+                    store_entry(image, op, flags, offset, length, payload)
+                    self._dirty.add(volume)
+        except OSError as error:
+            self.perform(self.role.failed(f"replay: {error}"))
+
+    def _fail_batch(self, action: FailBatch) -> None:
+        action.batch.fail(BlockError(errno.EIO, action.reason))
+        action.batch.done(action.batch)
+
+    def _sync_volumes(self, action: SyncVolumes) -> None:
+        dirty, self._dirty = self._dirty, set()
+        waiting = len(dirty)
+        if not waiting:
+            self.workers.later(lambda: self._volumes_synced(action.token))
+            return
+
+        def synced(error: OSError | None) -> None:
+            nonlocal waiting
+            waiting -= 1
+            if error is not None:
+                self.fail(f"sync failed: {error}")
+            elif not waiting:
+                self._volumes_synced(action.token)
+
+        for volume in sorted(dirty):
+            self.disk.sync(self.images[volume].fd, synced)
+
+    def _volumes_synced(self, token: int) -> None:
+        if self.role.phase is not Phase.FAILED:
+            self.perform(self.role.volumes_synced(token, self.clock.now_s()))
+            self.settle()
+
+    def _save(self, action: SaveState) -> None:
+        def saved() -> None:
+            self.perform(self.role.saved(action.token, self.clock.now_s()))
+            self.settle()
+
+        try:
+            self._save_blob(encode_primary(self.role.state), saved)
+        except StorageError as error:
+            self.perform(self.role.failed(str(error)))
+
+    def _digest_blocks(self, action: DigestBlocks) -> None:
+        image = self.images[action.volume]
+
+        def done(digests: Any, error: Exception | None) -> None:
+            if error is not None:
+                self.fail(f"cannot read volume {action.volume}: {error}")
+            else:
+                now_s = self.clock.now_s()
+                self.perform(self.role.digest_ready(action.token, VERIFY_BLOCK_BYTES, digests, now_s))
+                self.settle()
+
+        offset, length = action.offset_bytes, action.length_bytes
+        self.workers.run(lambda: digest_range(image, offset, length, VERIFY_BLOCK_BYTES), done)
+
+    def _digested(self, action: Digested) -> None:
+        self.on_digested(action.fields)
+
+
+class PrimaryVolume(Volume):
+    """A replicated P-VOL as front ends see it."""
+
+    def __init__(
+        self, host: PrimaryHost, volume_id: int, name: str, image: Image, block_size_bytes: int, max_write_bytes: int
+    ) -> None:
+        self.name = name
+        self.size_bytes = image.size_bytes
+        self.block_size_bytes = block_size_bytes
+        self.max_write_bytes = max_write_bytes
+        self.writable = True
+        self._host = host
+        self._id = volume_id
+        self._image = image
+
+    def submit(self, batch: WriteBatch) -> bool:
+        if self._host.role.phase is Phase.FAILED:
+            batch.fail(BlockError(errno.EIO, "the primary stopped after a disk error"))
+            batch.release()
+            return True
+        self._host.submit(self._id, batch)
+        return False
+
+    def read(self, offset_bytes: int, view: memoryview, done: Callable[[BlockError | None], None]) -> bool:
+        role = self._host.role
+        if not role.readable(self._id, offset_bytes, len(view)):
+            raise BlockError(errno.EIO, role.why_held() or "not readable now")
+        try:
+            if self._image.read_cached(offset_bytes, view):
+                return True
+        except OSError as error:
+            raise BlockError(errno.EIO, str(error)) from error
+
+        def read_done(_: Any, error: Exception | None) -> None:
+            done(None if error is None else BlockError(errno.EIO, str(error)))
+
+        self._host.workers.run(lambda: self._image.read(offset_bytes, view), read_done)
+        return False
+
+    def flush(self, done: Callable[[BlockError | None], None]) -> None:
+        # Complete means durable in the journal, so what is left to do is the P-VOL (rule 4).
+        host = self._host
+        if host.role.phase is Phase.FAILED:
+            host.workers.later(lambda: done(BlockError(errno.EIO, "the primary stopped after a disk error")))
+            return
+
+        def synced(error: OSError | None) -> None:
+            if error is not None:
+                host.fail(f"volume {self.name}: sync failed: {error}")
+            failed = host.role.phase is Phase.FAILED
+            done(BlockError(errno.EIO, "sync failed") if failed else None)
+
+        host.disk.sync(self._image.fd, synced)
+
+    @property
+    def congested(self) -> bool:
+        return self._host.role.congested
+
+    def when_relieved(self, resume: Callable[[], None]) -> None:
+        self._host.when_relieved(resume)
+
+    def allocation(self, offset_bytes: int, length_bytes: int) -> list[tuple[int, int, bool]] | None:
+        try:
+            return self._image.allocation(offset_bytes, length_bytes)
+        except OSError:
+            return None
