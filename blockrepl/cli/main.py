@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import blockrepl
-from blockrepl.cli import config, copies, devices, doctor, lifecycle, status
+from blockrepl.cli import config, copies, devices, doctor, journal, lifecycle, status
 from blockrepl.cli.output import print_error
 from blockrepl.errors import BlockreplError
 
@@ -48,6 +48,7 @@ for command in (
     status.status,
     copies.takeover,
     copies.verify,
+    journal.journal,
     doctor.doctor,
 ):
     app.command()(command)

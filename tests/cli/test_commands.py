@@ -249,7 +249,19 @@ def test_help_names_every_command(run: Run) -> None:
         for line in out.partition("Commands:")[2].splitlines()
         if line.startswith("  ") and line[2] != " "
     }
-    assert listed == {"create", "up", "down", "serve", "ls", "attach", "detach", "status", "takeover", "verify"} | {
+    assert listed == {
+        "create",
+        "up",
+        "down",
+        "serve",
+        "ls",
+        "attach",
+        "detach",
+        "status",
+        "takeover",
+        "verify",
+        "journal",
+    } | {
         "doctor",
         "config",
     }
