@@ -17,6 +17,7 @@ from scripts.benchlib.runner import Outcome
 from scripts.benchlib.works import FAMILIES, WORKS
 
 SCHEMA_VERSION = 1
+_BUSY = 0.25  # load average per CPU from which on others spoil the figures
 
 
 def document(outcome: Outcome, file_system: str, image_bytes: int) -> dict[str, Any]:
@@ -24,7 +25,12 @@ def document(outcome: Outcome, file_system: str, image_bytes: int) -> dict[str, 
     results = medians(outcome.measurements)
     return {
         "version": SCHEMA_VERSION,
-        "machine": {"cpus": os.cpu_count(), "kernel": platform.release(), "file_system": file_system},
+        "machine": {
+            "cpus": os.cpu_count(),
+            "kernel": platform.release(),
+            "file_system": file_system,
+            "load_before": outcome.load_before,
+        },
         "image_bytes": image_bytes,
         "runtime_s": outcome.runtime_s,
         "results": [dataclasses.asdict(result) for result in results],
@@ -52,6 +58,8 @@ def print_report(console: Console, outcome: Outcome) -> None:
             f"{lag.system}: lag at full load at most {lag.max_writes} writes, {_mib(lag.max_bytes)} MiB; {after}"
         )
     console.print(_criteria_table(judge(figures)))
+    if outcome.load_before > _BUSY * (os.cpu_count() or 1):
+        console.print(f"[yellow]The machine was busy before the run: load {outcome.load_before:.1f}[/yellow]")
     for system, reason in outcome.skipped.items():
         console.print(f"[yellow]{system}[/yellow]: {reason}", highlight=False)
 

@@ -44,6 +44,7 @@ class Outcome:
     lags: list[LagResult] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)  # by system: why
     runtime_s: float = 0.0
+    load_before: float = field(default_factory=lambda: os.getloadavg()[0])  # runnable processes, mean of a minute
 
 
 def run(settings: Settings, workspace: Workspace, tell: Tell) -> Outcome:
