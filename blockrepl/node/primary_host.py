@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -36,7 +36,7 @@ class PrimaryHost(Host):
     def __init__(
         self,
         role: Primary,
-        images: dict[int, Image],
+        images: Mapping[int, Image],
         save_blob: SaveBlob,
         disk: Disk,
         links: Links,

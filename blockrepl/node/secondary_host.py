@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,7 @@ class SecondaryHost(Host):
         role: Secondary,
         journal: JournalFile,
         held: list[tuple[RecordHead, int]],
-        images: dict[int, Image],
+        images: Mapping[int, Image],
         disk: Disk,
         links: Links,
         clock: Clock,
@@ -334,7 +334,9 @@ class SecondaryHost(Host):
         volume, _, _, start, block_bytes, _ = entries[0]
         length = sum(entry[4] for entry in entries)
         ours = digest_range(self.images[volume], start, length, block_bytes)
-        different = [entry[3] for entry, own in zip(entries, ours, strict=True) if entry[5] != own]
+        different = [
+            entry[3] for entry, own in zip(entries, ours, strict=True) if entry[5] is None or bytes(entry[5]) != own
+        ]
         fields = {
             "number": head.last, "sender": head.sender, "volume": volume, "offset_bytes": start,
             "length_bytes": length, "blocks": len(entries), "different": different,

@@ -65,7 +65,6 @@ class Intermediate:
             stream = self.streams.by_node[stream_node]
             stream.last = stream.durable = last
         self.opening = Opening(self, new_id, alone=alone)
-        self.numbered_bytes = 0
         self._appended: deque[tuple[int, Sender, int, int, int, int]] = deque()
         self._beat_s = 0.0
         self._token = 0
@@ -242,9 +241,10 @@ class Intermediate:
         )  # fmt: skip
         head.header_crc = number_record(chunk.buffer, start, head.epoch, head.first, head.previous, time_ns)
         self.numbered += head.count
-        self.numbered_bytes += size
         stream.last = sender.last = self.numbered
         sender.batch = head.batch
+        stream.total_writes += head.count
+        stream.total_bytes += size
         self._appended.append((self.numbered, sender, head.incarnation, head.batch, head.stream, size))
         chunk.hold()
         return [Append(head, chunk.view[start:end], chunk)]

@@ -35,6 +35,8 @@ class Stream:
     ready: bool = False  # greeted, and in our epoch
     credit: int = 0
     credit_used: int = 0
+    total_writes: int = 0  # numbered since the start, for the lag
+    total_bytes: int = 0
     busy: bool = False  # a Transmit is being performed
     asked: deque[int] = field(default_factory=deque)  # rounds whose PREPARE went out on this link
     asked_through: int = 0

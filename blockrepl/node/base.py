@@ -1,0 +1,154 @@
+"""What the three kinds of node share: directory lock, control socket, ticking, stopping, status."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+from abc import ABC, abstractmethod
+from typing import Any
+
+from blockrepl.chunks import ChunkPool
+from blockrepl.definition import Definition, Node
+from blockrepl.errors import InUseError, MissingError, UsageError
+from blockrepl.formats.link import Epoch
+from blockrepl.node.asyncio_ports import SystemClock, ThreadWorkers
+from blockrepl.node.control import ControlServer, Handler, Progress
+from blockrepl.node.links import LinkTable
+from blockrepl.replication.policy import Policy
+from blockrepl.storage.executor import DiskThread
+
+log = logging.getLogger("blockrepl.node")
+LOCK_NAME = "lock"
+MAX_WRITE_BYTES = 16 << 20
+
+
+def policy_of(definition: Definition) -> Policy:
+    """The roles' policy from a definition's."""
+    given = definition.policy
+    return Policy(
+        heartbeat_s=given.heartbeat_s,
+        link_timeout_s=given.link_timeout_s,
+        hold_s=given.hold_s,
+        checkpoint_s=given.checkpoint_s,
+        checkpoint_bytes=int(given.checkpoint_bytes),
+        round_s=given.round_s,
+        round_bytes=int(given.round_bytes),
+        open_backoff_s=given.link_timeout_s,
+    )
+
+
+def max_write_bytes(definition: Definition) -> int:
+    """The largest write that hosts may send: it must fit every ring, with what others are granted."""
+    ring = min(int(definition.group.journal), int(definition.group.secondary_journal))
+    return min(MAX_WRITE_BYTES, ring // (8 * max(2, len(definition.primaries))) // 4096 * 4096)
+
+
+class NodeBase(ABC):
+    """One node: built by its class's ``__init__`` on the running loop, then `start`, and `stop` at the end."""
+
+    tick_s = 0.02
+
+    def __init__(self, definition: Definition, node: Node) -> None:
+        self.definition = definition
+        self.node = node
+        self.loop = asyncio.get_running_loop()
+        self.pool = ChunkPool()
+        self.clock = SystemClock()
+        self.workers = ThreadWorkers()
+        self.disk = DiskThread(self.loop, f"disk {node.name}")
+        self.links = LinkTable(self.pool)
+        self.stopping = asyncio.Event()
+        self._lock_fd = self._lock()
+        self._control = ControlServer(node.directory, {**self._handlers(), **self.handlers()})
+        self._ticker: asyncio.TimerHandle | None = None
+
+    def _lock(self) -> int:
+        directory = self.node.directory
+        if not directory.is_dir():
+            raise MissingError(
+                f"{directory} is not there", hint="is its disk mounted? `blockrepl create` makes it, once"
+            )
+        fd = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(fd)
+            raise InUseError(f"{directory}: another process runs this node", hint="see: blockrepl status") from error
+        return fd
+
+    # life
+
+    async def start(self) -> None:
+        """Open the control socket, then the role's own listeners and links."""
+        await self._control.start()
+        await self.open()
+        self._tick()
+
+    async def stop(self) -> None:
+        """Close everything, the control socket last."""
+        if self._ticker is not None:
+            self._ticker.cancel()
+        await self.close()
+        self.links.close_all()
+        await self._control.close()
+        self.disk.close()
+        self.workers.close()
+        os.close(self._lock_fd)
+
+    def _tick(self) -> None:
+        self._ticker = self.loop.call_later(self.tick_s, self._tick)
+        self.tick()
+
+    @abstractmethod
+    async def open(self) -> None:
+        """Listen and dial."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Front ends, listeners, diallers."""
+
+    @abstractmethod
+    def tick(self) -> None:
+        """Time passes."""
+
+    @abstractmethod
+    def handlers(self) -> dict[str, Handler]:
+        """Control commands beside status and stop."""
+
+    @abstractmethod
+    def status(self) -> dict[str, Any]:
+        """What docs/status.md says, without the parts common to all roles."""
+
+    # control
+
+    def _handlers(self) -> dict[str, Handler]:
+        return {"status": self._status, "stop": self._stop}
+
+    async def _status(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        common = {
+            "schema": 1,
+            "group": self.definition.name,
+            "node": self.node.name,
+            "role": self.node.role,
+            "pid": os.getpid(),
+        }
+        return {**common, **self.status()}
+
+    async def _stop(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        self.stopping.set()
+        return {"stopping": True}
+
+
+def epoch_json(epoch: Epoch) -> dict[str, Any] | None:
+    """For status; null for none."""
+    return {"number": epoch.number, "id": epoch.id.hex()} if epoch.number else None
+
+
+def volume_argument(args: dict[str, Any], names: list[str]) -> str:
+    """The "volume" argument of a command, checked. Raises UsageError."""
+    name = args.get("volume")
+    if not isinstance(name, str) or name not in names:
+        raise UsageError(f"no volume {name!r} on this node", hint=f"there is {', '.join(names) or 'none'}")
+    return name

@@ -1,0 +1,80 @@
+"""The front ends of a node: an NBD server and loop devices over the volumes that it serves now."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from blockrepl.block import Volume
+from blockrepl.chunks import ChunkPool
+from blockrepl.definition import Definition, Node
+from blockrepl.errors import UsageError
+from blockrepl.frontends.loop.frontend import LoopFrontend
+from blockrepl.frontends.nbd.server import NbdServer
+
+
+class Exports:
+    """The volumes a node serves, by name. Empty until they may be served (PROTOCOL, rules 7 and 14)."""
+
+    def __init__(self, definition: Definition, node: Node, pool: ChunkPool) -> None:
+        self.volumes: dict[str, Volume] = {}
+        self._definition = definition
+        self._node = node
+        self._nbd = NbdServer(lambda: self._with("nbd"), pool)
+        self._loop = LoopFrontend(lambda: self._with("loop"), node.directory)
+        self._listening = False
+
+    def _with(self, frontend: str) -> dict[str, Volume]:
+        return {
+            name: volume
+            for name, volume in self.volumes.items()
+            if frontend in self._definition.volume(name).frontends
+        }  # fmt: skip
+
+    async def listen(self) -> None:
+        """Accept NBD hosts, if the node has an address for them. Raises UsageError."""
+        if self._node.nbd is not None and not self._listening:
+            await self._nbd.listen(self._node.nbd.host, self._node.nbd.port)
+            self._listening = True
+
+    async def attach(self, args: dict[str, Any], progress: Any) -> dict[str, Any]:
+        """Control command "attach"."""
+        name = self._serving(args)
+        if "loop" not in self._definition.volume(name).frontends:
+            raise UsageError(f"{name} has no loop front end", hint='add "loop" to its frontends in the definition')
+        return {"device": await self._loop.attach(name, read_only=bool(args.get("read_only")))}
+
+    async def detach(self, args: dict[str, Any], progress: Any) -> dict[str, Any]:
+        """Control command "detach"."""
+        name = str(args.get("volume"))
+        device = self._loop.attached().get(name)
+        await self._loop.detach(name)
+        return {"device": device}
+
+    def _serving(self, args: dict[str, Any]) -> str:
+        name = str(args.get("volume"))
+        if name not in self.volumes:
+            raise UsageError(f"{name} is not served here now", hint="see: blockrepl status")
+        return name
+
+    def entry(self, name: str) -> dict[str, Any]:
+        """What status says of one volume."""
+        active = name in self.volumes
+        nbd = self._node.nbd
+        has_nbd = active and nbd is not None and "nbd" in self._definition.volume(name).frontends
+        return {
+            "active": active,
+            "attached": self._loop.attached().get(name),
+            "nbd": f"nbd://{nbd}/{name}" if has_nbd else None,
+        }
+
+    def sessions(self) -> list[dict[str, Any]]:
+        """NBD connections."""
+        return [
+            {"peer": s.peer, "volume": s.export, "requests": s.requests, "in_flight": s.in_flight}
+            for s in self._nbd.sessions()
+        ]
+
+    async def close(self) -> None:
+        """Undo loop devices, end NBD sessions."""
+        await asyncio.gather(self._loop.close(), self._nbd.close())

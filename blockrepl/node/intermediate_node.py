@@ -1,0 +1,173 @@
+"""The intermediate as a process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from functools import partial
+from typing import Any
+
+from blockrepl.chunks import Chunk
+from blockrepl.definition import Definition, Node
+from blockrepl.errors import DamagedError, ProtocolError, UsageError
+from blockrepl.formats.journal import FrameKind
+from blockrepl.formats.link import Message
+from blockrepl.formats.record import RecordHead, check_record
+from blockrepl.formats.state import decode_intermediate, encode_intermediate
+from blockrepl.node.asyncio_ports import log_event
+from blockrepl.node.base import NodeBase, epoch_json, policy_of
+from blockrepl.node.control import Handler
+from blockrepl.node.create import JOURNAL_NAME, identity
+from blockrepl.node.intermediate_host import IntermediateHost
+from blockrepl.node.lag import LagMeter
+from blockrepl.node.links import Dialler, Listener
+from blockrepl.replication.intermediate import Intermediate
+from blockrepl.replication.opening import Phase
+from blockrepl.storage.journal_file import JournalFile
+
+
+class IntermediateNode(NodeBase):
+    """Numbers, journals, sends on."""
+
+    tick_s = 0.01
+
+    def __init__(self, definition: Definition, node: Node, *, alone: bool) -> None:
+        super().__init__(definition, node)
+        self.links.router = self
+        self.host = self._recover(alone)
+        self._listener = Listener(self.links)
+        self._diallers: list[Dialler] = []
+        self._lags = {each.id: LagMeter() for each in definition.secondaries}
+
+    def _recover(self, alone: bool) -> IntermediateHost:
+        definition, node = self.definition, self.node
+        heads: list[RecordHead] = []
+
+        def check(header: Any, body: memoryview) -> bool:
+            if header.kind != FrameKind.RECORD:
+                return True
+            try:
+                heads.append(check_record(body))
+            except DamagedError:
+                return False
+            return True
+
+        journal = JournalFile.open(
+            node.directory / JOURNAL_NAME, identity(definition, node), check, self.disk,
+            int(definition.group.journal),
+        )  # fmt: skip
+        state = decode_intermediate(journal.recovered.state)
+        state.incarnation += 1
+        role = Intermediate(
+            group=definition.group_id.bytes,
+            node=node.id,
+            name=node.name,
+            primaries=[each.id for each in definition.primaries],
+            secondaries=[each.id for each in definition.secondaries],
+            state=state,
+            policy=policy_of(definition),
+            new_id=lambda: os.urandom(16),
+            alone=alone,
+        )
+        for head in heads:
+            role.recovered(head)
+        log_event(f"journal recovered: {len(heads)} records, up to {role.numbered}", {})
+        return IntermediateHost(role, journal, self.links, self.clock, self.workers, log_event)
+
+    # life
+
+    async def open(self) -> None:
+        durable = self.loop.create_future()
+        state = encode_intermediate(self.host.role.durable_state())
+        self.host.journal.save(state, done=lambda: durable.set_result(None))  # our incarnation
+        await durable
+        address = self.node.address
+        try:
+            self._listener.listen(address.host, address.port)
+        except OSError as error:
+            raise UsageError(f"cannot listen on {address}: {error.strerror}", hint="is the port taken?") from error
+        for peer in self.definition.secondaries:
+            connected = partial(self._connected, peer.id)
+            self._diallers.append(Dialler(self.links, peer.address.host, peer.address.port, connected, peer.name))
+
+    async def close(self) -> None:
+        self._listener.close()
+        await asyncio.gather(*(dialler.close() for dialler in self._diallers))
+
+    def tick(self) -> None:
+        self.host.tick()
+        now_s = self.clock.now_s()
+        for stream in self.host.role.streams.by_node.values():
+            self._lags[stream.node].sample(stream.last, stream.total_writes, stream.total_bytes, now_s)
+
+    # links
+
+    def _connected(self, node: int, link: int, nonce: bytes) -> None:
+        self.host.perform(self.host.role.connected(link, node, nonce, self.clock.now_s()))
+
+    def accepted(self, link: int, fields: dict[str, Any]) -> None:
+        """See `links.Router`."""
+        self.host.perform(self.host.role.accepted(link, fields, self.clock.now_s()))
+
+    def message(self, link: int, kind: int, fields: dict[str, Any], epoch: int) -> None:
+        """See `links.Router`."""
+        self.host.perform(self.host.role.received(link, kind, fields, self.clock.now_s()))
+
+    def bulk(self, link: int, kind: int, epoch: int, chunk: Chunk, start: int, end: int) -> None:
+        """See `links.Router`."""
+        if kind != Message.BATCH:
+            raise ProtocolError("RECORD does not belong on a link to the intermediate")
+        self.host.batch(link, chunk, start, end)
+
+    def lost(self, link: int) -> None:
+        """See `links.Router`."""
+        self.host.lost(link)
+        for dialler in self._diallers:
+            dialler.lost(link)
+
+    def settle(self) -> None:
+        """See `links.Router`."""
+        self.host.settle()
+
+    # control
+
+    def handlers(self) -> dict[str, Handler]:
+        return {}
+
+    def status(self) -> dict[str, Any]:
+        role, journal = self.host.role, self.host.journal.journal
+        return {
+            "state": role.phase.value,
+            "reason": role.opening.reason,
+            "ready": role.phase is Phase.SERVING,
+            "epoch": epoch_json(role.state.epoch),
+            "promised": epoch_json(role.state.promised),
+            "incarnation": role.state.incarnation,
+            "watermarks": {
+                "numbered": role.numbered, "durable": role.durable_number, "sent": role.streams.sent,
+                "prepared": role.streams.valid_counter, "validated": role.streams.validated,
+                "applied": min((s.applied for s in role.streams.by_node.values()), default=0),
+                "checkpoint": role.senders.releasable,
+            },
+            "valid_counter": role.streams.valid_counter,
+            "volumes": [],
+            "peers": [self._primary_row(node) for node in self.definition.primaries]
+            + [self._secondary_row(node) for node in self.definition.secondaries],
+            "journal": {"size_bytes": journal.ring_bytes, "used_bytes": journal.used_bytes},
+        }  # fmt: skip
+
+    def _primary_row(self, node: Node) -> dict[str, Any]:
+        sender = self.host.role.senders.by_node[node.id]
+        return {
+            "node": node.name, "role": "primary", "connected": sender.live, "incarnation": sender.incarnation,
+            "last": sender.last, "checkpoint": sender.checkpoint,
+        }  # fmt: skip
+
+    def _secondary_row(self, node: Node) -> dict[str, Any]:
+        stream = self.host.role.streams.by_node[node.id]
+        writes, size_bytes, seconds = self._lags[node.id].lag(max(stream.applied, 0), self.clock.now_s())
+        return {
+            "node": node.name, "role": "secondary", "connected": stream.ready, "last": stream.last,
+            "sent": stream.sent, "prepared": stream.prepared, "validated": stream.validated,
+            "applied": stream.applied, "lag_writes": writes, "lag_bytes": size_bytes, "lag_s": round(seconds, 3),
+        }  # fmt: skip

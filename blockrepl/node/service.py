@@ -1,0 +1,48 @@
+"""`blockrepl serve`: one node in the foreground, until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+
+import uvloop
+
+from blockrepl.definition import Definition
+from blockrepl.node.base import NodeBase
+from blockrepl.node.intermediate_node import IntermediateNode
+from blockrepl.node.primary_node import PrimaryNode
+from blockrepl.node.secondary_node import SecondaryNode
+
+log = logging.getLogger("blockrepl.node")
+
+
+def make_node(definition: Definition, name: str, *, alone: bool) -> NodeBase:
+    """The node called ``name``, its files opened and recovered. Raises BlockreplError."""
+    node = definition.node(name)
+    if node.role == "primary":
+        return PrimaryNode(definition, node)
+    if node.role == "intermediate":
+        return IntermediateNode(definition, node, alone=alone)
+    return SecondaryNode(definition, node)
+
+
+async def serve(definition: Definition, name: str, *, alone: bool = False) -> None:
+    """Run a node until SIGTERM, SIGINT or the control command "stop". Raises BlockreplError."""
+    node = make_node(definition, name, alone=alone)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, node.stopping.set)
+    try:
+        await node.start()
+        log.info("node %s of group %s runs", name, definition.name)
+        await node.stopping.wait()
+        log.info("stopping")
+    finally:
+        await node.stop()
+    log.info("stopped")
+
+
+def run(definition: Definition, name: str, *, alone: bool = False) -> None:
+    """As `serve`, on a loop of its own."""
+    uvloop.run(serve(definition, name, alone=alone))
