@@ -118,8 +118,8 @@ def recover(read: Read, check_body: CheckBody, identity: Identity, ring_bytes: i
     if witness is not None:  # a full ring cannot be continued by a later frame
         raise _damaged(identity, journal, Found.LATER, witness)
     floor = journal.durable
-    writes = _writes(read, journal, payload, floor, beyond.erase)
-    return Recovered(journal, state, cut, found, beyond.remnants, beyond.stale_laps, writes)
+    writes = _writes(read, journal, payload, floor, beyond.remnants)
+    return Recovered(journal, state, cut, found, len(beyond.remnants), beyond.stale_laps, writes)
 
 
 def _load(read: Read, identity: Identity, ring_bytes: int | None) -> tuple[Journal, bytes]:
@@ -158,9 +158,8 @@ class _Beyond(NamedTuple):
     """What lies beyond a cut."""
 
     witness: Witness | None
-    remnants: int
+    remnants: list[int]  # positions of the frames that could be taken one day
     stale_laps: int
-    erase: list[int]  # positions of the blocks that could pass for frames
 
 
 class _Ring:
@@ -198,20 +197,19 @@ class _Ring:
         """Look at every block that a frame after ``cut`` could start in."""
         end = min(self.limit, cut + 2 * self._journal.unsynced_limit_bytes + FRAME_ALIGN_BYTES)
         witness: Witness | None = None
-        remnants = stale_laps = 0
-        erase: list[int] = []
+        remnants: list[int] = []
+        stale_laps = 0
         for position, block in self._marked(cut, end):
             header, found = self._classify(block, position)
             if found is Found.STALE_LAP:
                 stale_laps += 1
+            elif found is Found.FRAME:
+                remnants.append(position)
+            if header is None or found is Found.STALE_LAP or witness is not None:
                 continue
-            erase.append(position)
-            if header is None:
-                continue
-            remnants += found is not Found.LATER
-            if witness is None and (found is Found.LATER or header.durable_through > cut):
+            if found is Found.LATER or header.durable_through > cut:
                 witness = f"the frame at position {header.position}", header.durable_through, header.first
-        return _Beyond(witness, remnants, stale_laps, erase)
+        return _Beyond(witness, remnants, stale_laps)
 
     def _classify(self, block: memoryview, position: int) -> tuple[FrameHeader | None, Found]:
         """FRAME here means: in its place; the chain is not looked at."""
@@ -270,8 +268,11 @@ class _Ring:
         return self._piece[position - self._start :]
 
 
-def _writes(read: Read, journal: Journal, payload: bytes, floor: int, erase: list[int]) -> Iterator[Write]:
-    """Repeat what may be in the page cache only, and erase what could pass for frames.
+def _writes(read: Read, journal: Journal, payload: bytes, floor: int, remnants: list[int]) -> Iterator[Write]:
+    """Repeat what may be in the page cache only, and erase the frames beyond the cut that could be taken one day.
+
+    Frames that a truncation voided are left alone. Their tag keeps them out for ever, and the superblock that says so
+    may be in the page cache only: a power cut that kept the erasure and lost the superblock would lose durable frames.
 
     Repeat, not only sync: a page whose write-back failed is clean, so an fsync that succeeds after a restart proves
     nothing about it (PROTOCOL, rule 11). The bytes are the same, so a power cut in between harms nothing.
@@ -285,7 +286,7 @@ def _writes(read: Read, journal: Journal, payload: bytes, floor: int, erase: lis
         length = min(PIECE_BYTES, journal.tail - position, ring_bytes - place)
         yield RING_OFFSET + place, [read(RING_OFFSET + place, length)]
         position += length
-    for position in erase:
+    for position in remnants:
         yield RING_OFFSET + position % ring_bytes, [bytes(FRAME_ALIGN_BYTES)]
 
 
