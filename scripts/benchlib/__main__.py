@@ -70,7 +70,7 @@ def settings(options: argparse.Namespace) -> Settings:
 
 def main() -> int:
     options = parse(sys.argv[1:])
-    progress = Console(stderr=True)
+    progress = Console(stderr=True, soft_wrap=True)
     console = Console(width=max(_MIN_WIDTH, Console().width))
     raise_interrupt_on_termination()
     size_bytes = options.size * MIB if options.size else _QUICK_IMAGE_BYTES if options.quick else GIB
