@@ -18,7 +18,6 @@ from scripts.benchlib.systems import Lag, Running, require_root
 from scripts.benchlib.workspace import Workspace, command
 
 _COMMAND = [sys.executable, "-m", "blockrepl.cli.main"]
-_JOURNAL = "256MiB"
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,9 @@ class Volume:
         return "\n".join([*lines, f'secondary = "{self.secondary}"', f'frontends = ["{self.frontend}"]'])
 
 
-def definition(group: str, nodes: list[Node], volumes: list[Volume]) -> str:
+def definition(group: str, journal_bytes: int, nodes: list[Node], volumes: list[Volume]) -> str:
     """The text of a definition file."""
-    head = f'[group]\nname = "{group}"\njournal = "{_JOURNAL}"\nsecondary_journal = "{_JOURNAL}"'
+    head = f'[group]\nname = "{group}"\njournal = {journal_bytes}\nsecondary_journal = {journal_bytes}'
     return "\n\n".join([head, *(node.table() for node in nodes), *(volume.table() for volume in volumes)]) + "\n"
 
 
@@ -63,7 +62,7 @@ def group(directory: Workspace, name: str, nodes: list[Node], volumes: list[Volu
     home = directory.directory / name
     home.mkdir()
     file = home / "group.toml"
-    file.write_text(definition(name, nodes, volumes))
+    file.write_text(definition(name, directory.journal_bytes, nodes, volumes))
     blockrepl(file, "create")
     try:
         blockrepl(file, "up")

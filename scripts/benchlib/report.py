@@ -33,6 +33,7 @@ def document(outcome: Outcome, file_system: str, image_bytes: int) -> dict[str, 
         },
         "image_bytes": image_bytes,
         "runtime_s": outcome.runtime_s,
+        "cut_short": outcome.cut_short or None,
         "results": [dataclasses.asdict(result) for result in results],
         "lag": [dataclasses.asdict(lag) for lag in outcome.lags],
         "criteria": [_json_verdict(verdict) for verdict in judge(Figures(results, outcome.lags))],
@@ -58,6 +59,8 @@ def print_report(console: Console, outcome: Outcome) -> None:
             f"{lag.system}: lag at full load at most {lag.max_writes} writes, {_mib(lag.max_bytes)} MiB; {after}"
         )
     console.print(_criteria_table(judge(figures)))
+    if outcome.cut_short:
+        console.print(f"[yellow]Cut short {outcome.cut_short}[/yellow]")
     if outcome.load_before > _BUSY * (os.cpu_count() or 1):
         console.print(f"[yellow]The machine was busy before the run: load {outcome.load_before:.1f}[/yellow]")
     for system, reason in outcome.skipped.items():

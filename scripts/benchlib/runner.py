@@ -30,7 +30,9 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """``budget_s`` is what the measuring may take all together; run times shrink to fit. None: no limit."""
+    """``budget_s`` is what starting and measuring may take all together: run times shrink to fit, and the rounds
+    after the first end when it is used up. None: no limit.
+    """
 
     cells: list[tuple[str, str]]
     rounds: int
@@ -43,6 +45,7 @@ class Outcome:
     measurements: list[Measurement] = field(default_factory=list)
     lags: list[LagResult] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)  # by system: why
+    cut_short: str = ""  # where and why, when time ran out
     runtime_s: float = 0.0
     load_before: float = field(default_factory=lambda: os.getloadavg()[0])  # runnable processes, mean of a minute
 
@@ -58,7 +61,11 @@ def run(settings: Settings, workspace: Workspace, tell: Tell) -> Outcome:
         outcome.runtime_s = _runtime_s(settings, systems, deadline_s, overhead_s)
         for number in range(settings.rounds):
             tell(f"round {number + 1} of {settings.rounds}, {outcome.runtime_s:.2g} s each")
-            _round(settings, number, systems, outcome, tell)
+            if not _round(settings, number, systems, outcome, tell, deadline_s if number else None):
+                outcome.cut_short = (
+                    f"in round {number + 1} of {settings.rounds}: slow or busy machine, or too short a time"
+                )
+                break
         _watch_lag(settings, systems, outcome, tell)
     finally:
         tell("stopping everything")
@@ -99,15 +106,25 @@ def _runtime_s(settings: Settings, systems: dict[str, Running], deadline_s: floa
     return max(_MIN_RUNTIME_S, min(settings.runtime_s, left_s / count - overhead_s))
 
 
-def _round(settings: Settings, number: int, systems: dict[str, Running], outcome: Outcome, tell: Tell) -> None:
-    """Each work at all systems one after the other; who begins changes from round to round."""
+def _round(
+    settings: Settings,
+    number: int,
+    systems: dict[str, Running],
+    outcome: Outcome,
+    tell: Tell,
+    deadline_s: float | None,
+) -> bool:
+    """Each work at all systems one after the other; who begins changes from round to round. False: out of time."""
     for work in dict.fromkeys(work for work, _ in settings.cells):
         names = [system for each, system in settings.cells if each == work]
         for name in names[number % len(names) :] + names[: number % len(names)]:
+            if deadline_s is not None and time.monotonic() > deadline_s:
+                return False
             if name in systems:
                 measurement = _attempt(WORKS[work], name, outcome.runtime_s, systems, outcome, tell)
                 if measurement is not None:
                     outcome.measurements.append(measurement)
+    return True
 
 
 def _attempt(

@@ -16,7 +16,7 @@ from scripts.benchlib.works import MIB
 
 # Of ours: nbd, loop, P and S; of the peers: nbdkit, qemu-nbd, two of the mirror, two loops; the disk. And journals.
 _IMAGES = 11
-_JOURNALS_BYTES = 4 * 256 * MIB
+_JOURNALS = 3
 _COMMAND_TIMEOUT_S = 60.0
 _LAST_LINES = 3
 
@@ -25,6 +25,7 @@ _LAST_LINES = 3
 class Workspace:
     directory: Path
     image_bytes: int
+    journal_bytes: int = 256 * MIB
 
     def image(self, name: str) -> Path:
         """A written, synced image: nobody measures allocation."""
@@ -46,16 +47,16 @@ def write_image(path: Path, size_bytes: int) -> None:
 
 
 @contextmanager
-def workspace(parent: Path, image_bytes: int) -> Iterator[Workspace]:
+def workspace(parent: Path, image_bytes: int, journal_bytes: int = 256 * MIB) -> Iterator[Workspace]:
     parent.mkdir(parents=True, exist_ok=True)
-    needed_bytes = _IMAGES * image_bytes + _JOURNALS_BYTES
+    needed_bytes = _IMAGES * image_bytes + _JOURNALS * journal_bytes
     free_bytes = shutil.disk_usage(parent).free
     if free_bytes < needed_bytes:
         have, need = free_bytes // MIB, needed_bytes // MIB
         raise NotAvailableError(f"{parent} has {have} MiB free, a run needs {need}: give --dir or a smaller --size")
     directory = Path(tempfile.mkdtemp(prefix="bench-", dir=parent))
     try:
-        yield Workspace(directory, image_bytes)
+        yield Workspace(directory, image_bytes, journal_bytes)
     finally:
         with uninterrupted():
             shutil.rmtree(directory, ignore_errors=True)

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from scripts.benchlib import runner
+from scripts.benchlib.fio import FileTarget, NbdTarget
+from scripts.benchlib.process import free_port
+from scripts.benchlib.runner import Settings, run
+from scripts.benchlib.systems import Factory, Running
+from scripts.benchlib.workspace import Workspace, write_image
+
+WORK = "randwrite-4k-qd1"
+
+
+@pytest.fixture
+def stopped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of systems that were stopped. "a" and "b" write files, "broken" is an NBD server that does not exist."""
+    names: list[str] = []
+
+    def system(name: str) -> Factory:
+        @contextmanager
+        def factory(place: Workspace) -> Iterator[Running]:
+            path = place.directory / name
+            write_image(path, place.image_bytes)
+            try:
+                yield Running(NbdTarget(free_port()) if name == "broken" else FileTarget(path), {}, (path,))
+            finally:
+                names.append(name)
+
+        return factory
+
+    monkeypatch.setattr(runner, "FACTORIES", {name: system(name) for name in ("a", "broken", "b")})
+    return names
+
+
+def cells(*names: str) -> list[tuple[str, str]]:
+    return [(WORK, name) for name in names]
+
+
+def test_systems_take_turns_at_being_first(tmp_path: Path, stopped: list[str]) -> None:
+    outcome = run(Settings(cells("a", "b"), 3, 0.01), Workspace(tmp_path, 1 << 16), lambda text: None)
+    assert [each.system for each in outcome.measurements] == ["a", "b", "b", "a", "a", "b"]
+    assert stopped == ["b", "a"]
+
+
+def test_system_that_fails_is_left_out_and_the_others_go_on(tmp_path: Path, stopped: list[str]) -> None:
+    outcome = run(Settings(cells("a", "broken", "b"), 1, 0.01), Workspace(tmp_path, 1 << 16), lambda text: None)
+    assert [each.system for each in outcome.measurements] == ["a", "b"]
+    assert set(outcome.skipped) == {"broken"}
+    assert outcome.skipped["broken"].startswith("failed at randwrite-4k-qd32: fio ")
+    assert stopped == ["b", "broken", "a"]
+
+
+def test_first_round_is_whole_even_when_there_is_no_time(tmp_path: Path, stopped: list[str]) -> None:
+    settings = Settings(cells("a", "b"), 3, 0.01, budget_s=0.0)
+    outcome = run(settings, Workspace(tmp_path, 1 << 16), lambda text: None)
+    assert [each.system for each in outcome.measurements] == ["a", "b"]
+    assert outcome.cut_short.startswith("in round 2 of 3")
+    assert stopped == ["b", "a"]
+
+
+def test_everything_is_stopped_when_the_run_is_interrupted(tmp_path: Path, stopped: list[str]) -> None:
+    def tell(text: str) -> None:
+        if text.startswith("round"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Settings(cells("a", "b"), 3, 0.01), Workspace(tmp_path, 1 << 16), tell)
+    assert stopped == ["b", "a"]
