@@ -90,6 +90,9 @@ class PrimaryNode(NodeBase):
         if self._replicated:
             self.host.tick()
             self._publish()
+        if self.host.role.phase is Phase.FAILED and self._dialler is not None:
+            dialler, self._dialler = self._dialler, None
+            self.loop.create_task(dialler.close())
 
     def _publish(self) -> None:
         """Export the P-VOLs once they may be read (rule 7)."""

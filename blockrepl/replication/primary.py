@@ -114,7 +114,7 @@ class Primary:
         self.next_batch = 1
         self.acked = state.checkpoint  # highest number known acknowledged; all of it is stored (page cache)
         self.validated = 0
-        self.refusal = ""  # why the intermediate last refused
+        self.refusal = ""  # why the intermediate last refused, or why we stopped
         self._link = 0
         self._nonce = b""
         self._credit = 0
@@ -410,6 +410,7 @@ class Primary:
         if self.machine.state is Phase.FAILED:
             return []
         self.machine.go("failed")
+        self.refusal = f"stopped after a disk error: {reason}; see to the disk, then start this node again"
         actions: list[Action] = [Event(f"stopped: {reason}")]
         for record in self.queue.expire(float("inf")):
             if record.batch is not None:
@@ -501,6 +502,6 @@ class Primary:
         """For people: why no write completes now; empty when they do."""
         if self.machine.state is Phase.LIVE:
             return "" if self._credit_used < self._credit else "journal full: waiting for the secondaries"
-        if self.fenced:
+        if self.fenced and self.machine.state is not Phase.FAILED:
             return f"fenced: epoch {self.state.promised.number} exists, this side works in {self.state.epoch.number}"
         return self.refusal or "the intermediate cannot be reached (fence data)"
