@@ -25,7 +25,10 @@ def config_check(
     files: Annotated[list[Path], typer.Argument(metavar="FILE…", help="Definitions, such as targets/demo.toml.")],
     as_json: Json = False,
 ) -> None:
-    """Check definitions: every problem with file, place and remedy. Exit 0: all are right; 3: some are not."""
+    """Check definitions: every problem, place and remedy.
+
+    Exit 0: all are right; 3: some are not.
+    """
     found = {str(path): check(path) for path in files}
     if as_json:
         print_json({"schema": 1, "files": [_described(path, problems) for path, problems in found.items()]})

@@ -30,7 +30,10 @@ def takeover(
     read_only: Annotated[bool, typer.Option("--read-only", help="Hosts may read the volumes, not write.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Make the secondaries active, all at the same number, under a new epoch. Run it at the secondary site."""
+    """Make the secondaries active under a new epoch.
+
+    All at the same number. Run it at the secondary site.
+    """
     definition = find(target, file)
     node = _answering_secondary(definition)
     screen = error_console()
@@ -91,7 +94,10 @@ def verify(
     file: File = None,
     as_json: Json = False,
 ) -> None:
-    """Compare both ends of volumes while writes go on. Exit 0: they are the same; 1: they differ; 2: error."""
+    """Compare both ends of volumes while writes go on.
+
+    Exit 0: they are the same; 1: they differ; 2: error.
+    """
     try:
         definition, chosen = _volumes(target, volumes or [], file)
         results = [_verify_one(definition, volume) for volume in chosen]

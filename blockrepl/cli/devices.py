@@ -20,7 +20,7 @@ def attach(
     file: File = None,
     read_only: Annotated[bool, typer.Option("--read-only", help="The device refuses writes.")] = False,
 ) -> None:
-    """Attach a volume as a loop device, and print the device and nothing else."""
+    """Attach a volume as a loop device; print the device."""
     definition, found = find_volume(volume, file)
     node = serving_node(definition, found)
     args = {"volume": found.name, "read_only": read_only}
@@ -28,7 +28,10 @@ def attach(
 
 
 def detach(volume: VolumeArgument, file: File = None) -> None:
-    """Undo `attach`: the device is gone when this returns. Prints the device."""
+    """Undo `attach`; print the device.
+
+    It is gone when this returns.
+    """
     definition, found = find_volume(volume, file)
     node = attached_node(definition, found) or serving_node(definition, found)
     _print_device(call(node.directory, "detach", {"volume": found.name}, timeout_s=TIMEOUT_S))

@@ -26,7 +26,10 @@ def doctor(
     clean: Annotated[bool, typer.Option("--clean", help="Remove loop devices and mounts of killed nodes.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Say what this machine can do and how to get the rest. Exit 0: the main job can run here; 5: it cannot."""
+    """Say what this machine can do and how to get the rest.
+
+    Exit 0: the main job can run here; 5: it cannot.
+    """
     definition = find(target, file) if target or file else None
     if clean and definition is not None:
         for node in definition.local_nodes():

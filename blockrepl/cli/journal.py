@@ -35,7 +35,10 @@ def journal(
     entries: Annotated[bool, typer.Option("--entries", help="Also each write of a record.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Print the records of a node's journal, oldest first. Reads only; the node may run or not."""
+    """Print the records of a node's journal, oldest first.
+
+    Reads only; the node may run or not.
+    """
     definition = find(target, file)
     chosen = definition.node(node) if node is not None else definition.intermediate
     if chosen.role == "primary":

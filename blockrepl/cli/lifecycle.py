@@ -24,7 +24,10 @@ START_ORDER = {"secondary": 0, "intermediate": 1, "primary": 2}  # so that each 
 
 
 def create(target: Target = None, file: File = None, node: NodeOption = None) -> None:
-    """Make journals, images and identities of this machine's nodes. Nothing else ever makes them."""
+    """Make journals, images and identities of nodes, once.
+
+    Nothing else ever makes them.
+    """
     definition = find(target, file)
     from blockrepl.node.create import create as create_node
 
@@ -48,7 +51,10 @@ def serve(
         bool, typer.Option("--alone", help="Serve though peers cannot confirm that no newer epoch exists.")
     ] = False,
 ) -> None:
-    """Run one node in the foreground, until SIGTERM, SIGINT or `blockrepl down`."""
+    """Run one node in the foreground.
+
+    Until SIGTERM, SIGINT or `blockrepl down`.
+    """
     definition = find(target, file)
     chosen = definition.node(node)
     from blockrepl.node.service import run
@@ -70,7 +76,10 @@ def up(
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Start, and do not wait for readiness.")] = False,
     alone: Annotated[bool, typer.Option("--alone", help="As for `serve`, for every node started.")] = False,
 ) -> None:
-    """Start every node of this machine as a process of its own. Nodes that already run are left alone."""
+    """Start every node of this machine as its own process.
+
+    Nodes that already run are left alone.
+    """
     definition = find(target, file)
     nodes = sorted(_chosen(definition, node), key=lambda each: START_ORDER[each.role])
     pids = {each.name: processes.pid_of(each) for each in nodes}
@@ -97,7 +106,10 @@ def down(
         float, typer.Option("--timeout", metavar="SECONDS", help="How long each may take before it is killed.")
     ] = 20,
 ) -> None:
-    """Stop every node of this machine: primaries, then the intermediate, then secondaries."""
+    """Stop every node of this machine.
+
+    Primaries first, then the intermediate, then secondaries.
+    """
     definition = find(target, file)
     failure: BlockreplError | None = None
     for each in sorted(_chosen(definition, node), key=lambda each: -START_ORDER[each.role]):
@@ -117,7 +129,7 @@ def down(
 
 
 def ls(target: Target = None, file: File = None, as_json: Json = False) -> None:
-    """List groups with their nodes, volumes, exports and attached devices."""
+    """List nodes, volumes, exports and attached devices."""
     from blockrepl.cli.listing import describe, print_listing
 
     definitions = [find(target, file)] if target or file else _known()

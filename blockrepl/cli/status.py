@@ -37,7 +37,10 @@ def status(
     file: File = None,
     as_json: Json = False,
 ) -> None:
-    """Show volumes, pair states, watermarks, lag and journal fill; `status 2` repeats every 2 s."""
+    """Show pair states, watermarks, lag and journal fill.
+
+    `status 2` repeats every 2 s.
+    """
     if interval is None and target is not None and _is_number(target):
         target, interval = None, target
     definition = find(target, file)
