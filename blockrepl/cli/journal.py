@@ -135,7 +135,7 @@ def _print(summary: Message, records: list[Message], with_entries: bool) -> None
         table.add_row(*_row(record))
         for entry in record.get("entries", []) if with_entries else []:
             table.add_row(str(entry["number"]), *[""] * 8, _entry_text(entry))
-    out.print(table)
+    out.print(table if records else "nothing is kept: all that was written is stored where it belongs")
 
 
 def _row(record: Message) -> list[str]:

@@ -17,9 +17,10 @@ from blockrepl.cli import processes, registry
 from blockrepl.cli.output import console, error_console, print_error, print_json
 from blockrepl.cli.targets import File, Json, Target, find
 from blockrepl.definition import Definition, Node
-from blockrepl.errors import BlockreplError, UsageError
+from blockrepl.errors import BlockreplError, EpochError, UsageError
 
 NodeOption = Annotated[str | None, typer.Option("--node", metavar="NAME", help="Only this node.")]
+FENCED_WAIT_S = 1.0
 START_ORDER = {"secondary": 0, "intermediate": 1, "primary": 2}  # so that each finds those it dials; `down` reverses it
 
 
@@ -160,6 +161,8 @@ def _wait_all(started: Sequence[processes.Started], deadline_s: float) -> None:
             processes.wait_ready(each, deadline_s)
         except BlockreplError as error:
             failures.append(error)
+            if isinstance(error, EpochError):  # the other site has taken over: primaries would wait for nothing
+                deadline_s = min(deadline_s, time.monotonic() + FENCED_WAIT_S)
     for failure in failures:
         print_error(failure)
     if failures:

@@ -17,7 +17,14 @@ from typing import NamedTuple
 import blockrepl
 from blockrepl.cli.client import call, connect
 from blockrepl.definition import Definition, Node
-from blockrepl.errors import BlockreplError, MissingError, NotRunningError, StorageError, TimeoutExpiredError
+from blockrepl.errors import (
+    BlockreplError,
+    EpochError,
+    MissingError,
+    NotRunningError,
+    StorageError,
+    TimeoutExpiredError,
+)
 
 LOG_NAME = "node.log"
 PID_NAME = "node.pid"
@@ -25,6 +32,7 @@ POLL_S = 0.02
 TERM_S = 5.0
 KILL_S = 5.0
 LOG_LINES = 8
+HOPELESS: dict[str, type[BlockreplError]] = {"fenced": EpochError, "failed": StorageError}  # states without a way on
 
 
 class Started(NamedTuple):
@@ -85,7 +93,12 @@ def wait_ready(started: Started, deadline_s: float) -> None:
             answer = call(node.directory, "status", timeout_s=max(0.1, deadline_s - time.monotonic()))
             if answer.get("ready") is True:
                 return
-            state = str(answer.get("state"))
+            state = ": ".join(str(answer[key]) for key in ("state", "reason") if answer.get(key))
+            if answer.get("state") in HOPELESS:
+                raise HOPELESS[answer["state"]](
+                    f"node {node.name} runs, but will not become ready ({state})",
+                    hint=f"its log is {node.directory / LOG_NAME}; `blockrepl down` stops it",
+                )
         except NotRunningError:
             if started.process is None and pid_of(node) is None:
                 raise

@@ -121,25 +121,25 @@ def _picture(document: Message) -> Lines:
     nodes = {node["node"]: node for node in document["nodes"]}
     shown: set[str] = set()
     for volume in document["volumes"]:
-        for role, letter in (("primary", "P"), ("secondary", "S")):
+        for role, kind in (("primary", "P-VOL"), ("secondary", "S-VOL")):
             if role in volume:
                 end = volume[role]
                 shown.add(end["node"])
-                lag = volume["lag"] if letter == "S" else None
-                _row(table, volume["name"], letter, nodes[end["node"]], end["state"], lag)
+                lag = volume["lag"] if role == "secondary" else None
+                _row(table, volume["name"], kind, nodes[end["node"]], end["state"], lag)
     for name, node in nodes.items():
         if name not in shown:
-            _row(table, "-", str(node.get("role", "-"))[0].upper(), node, node.get("state"), None)
+            _row(table, "-", str(node.get("role", "-")), node, node.get("state"), None)
     title = Text.assemble((str(document["group"]), "bold"), f"  {epoch_text}  {document['definition']}")
     return Lines(title, table, *_remarks(document))
 
 
-def _row(table: Table, volume: str, letter: str, node: Message, state: Any, lag: Message | None) -> None:
+def _row(table: Table, volume: str, role: str, node: Message, state: Any, lag: Message | None) -> None:
     marks = node.get("watermarks") or {}
     journal = node.get("journal") or {}
     table.add_row(
         volume,
-        letter,
+        role,
         str(node["node"]),
         Text(str(state or "-"), style=STATE_STYLES.get(str(state), "")),
         *(number_text(marks.get(mark)) for mark in WATERMARKS),
@@ -161,8 +161,11 @@ def _remarks(document: Message) -> list[Text]:
     for node in document["nodes"]:
         if "error" in node:
             remarks.append(Text(f"{node['node']}: {node['error']}", style="red"))
+        if reason := node.get("reason"):
+            remarks.append(Text(f"{node['node']}: {reason}", style="yellow"))
+        on_its_own = node.get("state") in ("fenced", "taken over")
         for peer in node.get("peers") or []:
-            if peer.get("connected") is False:
+            if peer.get("connected") is False and not on_its_own:
                 remarks.append(Text(f"{node['node']}: no link to {peer.get('node')}", style="yellow"))
         if promised := node.get("promised"):
             number = promised.get("number") if isinstance(promised, dict) else promised

@@ -109,10 +109,10 @@ def test_status_shows_both_ends_watermarks_lag_and_journal(group: FakeGroup, run
     run("down", group.path, "--node", "s2")
     rows = [" ".join(line.split()) for line in run("status", group.path).out.splitlines()]
     assert rows[0].startswith("demo epoch 3 (abababab)")
-    assert "data P p1 PAIR 90 80 70 60 50 - - - -" in rows
-    assert "data S s1 PAIR 90 80 70 60 50 20 80 KiB 0.250 -" in rows
-    assert "log S s2 down - - - - - - - - -" in rows
-    assert "- I i1 serving 90 80 70 60 50 - - - 42%" in rows
+    assert "data P-VOL p1 PAIR 90 80 70 60 50 - - - -" in rows
+    assert "data S-VOL s1 PAIR 90 80 70 60 50 20 80 KiB 0.250 -" in rows
+    assert "log S-VOL s2 down - - - - - - - - -" in rows
+    assert "- intermediate i1 serving 90 80 70 60 50 - - - 42%" in rows
     assert "s1: has promised epoch 4" in rows
 
 
