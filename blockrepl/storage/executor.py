@@ -14,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 from blockrepl.block import Buffer
@@ -24,6 +25,7 @@ Done = Callable[[OSError | None], None]
 DoneThrough = Callable[[int, OSError | None], None]
 """Called with the position that a sync covers, and its error."""
 What = Sequence[Buffer] | Callable[[], None] | None
+Operation = tuple[int, int, What, Any]  # file, offset (or position of a sync), what, who is told
 
 
 def write_all(fd: int, offset: int, buffers: Sequence[Buffer]) -> None:
@@ -60,76 +62,69 @@ class DiskThread:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, name: str) -> None:
         self._loop = loop
-        self._queue: deque[tuple[int, int, What, Any]] = deque()
-        self._wake = threading.Event()
+        self._queue: SimpleQueue[Operation | None] = SimpleQueue()  # None: finish. Wakes for a third less than an Event
         self._results: deque[Callable[[], None]] = deque()
         self._posted = False
-        self._stop = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def write(self, fd: int, offset: int, buffers: Sequence[Buffer], done: Done | None = None) -> None:
         """Queue a gathered write. The buffers must stay as they are until a later sync, or ``done``, is called."""
-        self._queue.append((fd, offset, buffers, done))
-        self._wake.set()
+        self._queue.put((fd, offset, buffers, done))
 
     def sync(self, fd: int, done: Done) -> None:
         """Queue an fdatasync."""
-        self._queue.append((fd, -1, None, done))
-        self._wake.set()
+        self._queue.put((fd, -1, None, done))
 
     def sync_through(self, fd: int, position: int, done: DoneThrough) -> None:
         """Queue an fdatasync that covers ``position``; positions of a file ascend.
 
         Of those that become one call only the last is answered: one callback per fdatasync, not per request.
         """
-        self._queue.append((fd, position, None, done))
-        self._wake.set()
+        self._queue.put((fd, position, None, done))
 
     def call(self, function: Callable[[], None], done: Done) -> None:
         """Queue any blocking call (a cold read, a fallocate); an OSError it raises goes to ``done``."""
-        self._queue.append((-1, 0, function, done))
-        self._wake.set()
+        self._queue.put((-1, 0, function, done))
 
     def close(self) -> None:
         """Finish what is queued, end the thread. Callbacks may still be pending on the loop."""
-        self._stop = True
-        self._wake.set()
+        self._queue.put(None)
         self._thread.join()
 
     def _run(self) -> None:
-        queue, wake = self._queue, self._wake
+        queue = self._queue
         failed: dict[int, OSError] = {}
-        while True:
-            if queue:
-                self._round(failed)
-            elif self._stop:
-                return
-            else:
-                wake.wait()
-                wake.clear()
+        going = True
+        while going:
+            operation = queue.get()
+            going = operation is not None and self._round(operation, failed)
 
-    def _round(self, failed: dict[int, OSError]) -> None:
-        """Perform what is queued, then the syncs among it, each file once."""
+    def _round(self, first: Operation, failed: dict[int, OSError]) -> bool:
+        """Perform what is queued, then the syncs among it, each file once. False: the end is among it."""
         queue = self._queue
         syncs: dict[int, list[Done]] = {}
         throughs: dict[int, tuple[int, DoneThrough]] = {}
+        operation: Operation | None = first
         left = ROUND_MAX
-        while queue and left:
-            left -= 1
-            fd, offset, what, done = queue.popleft()
+        while operation is not None:
+            fd, offset, what, done = operation
             if what is None:
                 if offset < 0:
                     syncs.setdefault(fd, []).append(done)
                 else:
                     throughs[fd] = offset, done
                     syncs.setdefault(fd, [])
-                continue
-            error = _perform(fd, offset, what)
-            if error is not None and fd >= 0:
-                failed[fd] = error
-            if done is not None:
-                self._post(partial(done, error))
+            else:
+                error = _perform(fd, offset, what)
+                if error is not None and fd >= 0:
+                    failed[fd] = error
+                if done is not None:
+                    self._post(partial(done, error))
+            left -= 1
+            if not left or queue.empty():  # nobody else takes from the queue: what is there stays there
+                break
+            operation = queue.get()
         for fd, dones in syncs.items():
             error = failed.pop(fd, None) or _perform(fd, 0, partial(os.fdatasync, fd))
             if fd in throughs:
@@ -137,6 +132,7 @@ class DiskThread:
                 self._post(partial(done, position, error))
             for done in dones:
                 self._post(partial(done, error))
+        return operation is not None
 
     def _post(self, result: Callable[[], None]) -> None:
         self._results.append(result)

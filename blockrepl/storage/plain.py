@@ -12,29 +12,18 @@ import asyncio
 import errno
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 
 from blockrepl.block import Volume, WriteBatch
 from blockrepl.errors import BlockError
+from blockrepl.storage.cold import ColdReads
 from blockrepl.storage.executor import DiskThread
 from blockrepl.storage.image import ImageFile, block_error
 
 LONG_ZERO_BYTES = 4 << 20  # zeroing more than this may block for milliseconds: it goes to the disk thread
 QUEUE_BYTES = 64 << 20  # payload that waits behind a long zero before hosts are held back
-COLD_READERS = 8
 
 FlushDone = Callable[[BlockError | None], None]
-
-_cold_readers: ThreadPoolExecutor | None = None
-
-
-def cold_readers() -> Executor:
-    """The threads that wait for the disk on behalf of reads; one pool for the process."""
-    global _cold_readers
-    if _cold_readers is None:
-        _cold_readers = ThreadPoolExecutor(COLD_READERS, thread_name_prefix="cold-read")
-    return _cold_readers
 
 
 class PlainVolume(Volume):
@@ -54,6 +43,7 @@ class PlainVolume(Volume):
         self._image = image
         self._disk = disk
         self._loop = asyncio.get_running_loop()
+        self._cold = ColdReads(self._loop)
         self._busy = False  # a long zero is in the disk thread
         self._waiting: deque[WriteBatch] = deque()
         self._waiting_bytes = 0
@@ -148,8 +138,7 @@ class PlainVolume(Volume):
                 return True
         except OSError as error:
             raise block_error(error) from error
-        future = self._loop.run_in_executor(cold_readers(), self._image.read, offset_bytes, view)
-        future.add_done_callback(partial(_read_done, done))
+        self._cold.read(self._image.fd, offset_bytes, view, done)
         return False
 
     # flow
@@ -166,13 +155,3 @@ class PlainVolume(Volume):
             return self._image.allocation(offset_bytes, length_bytes)
         except OSError:
             return None
-
-
-def _read_done(done: Callable[[BlockError | None], None], future: asyncio.Future[None]) -> None:
-    error = future.exception()
-    if error is None:
-        done(None)
-    elif isinstance(error, OSError):
-        done(block_error(error))
-    else:
-        done(BlockError(errno.EIO, str(error)))

@@ -13,7 +13,7 @@ from random import Random
 import pytest
 
 from blockrepl.block import Buffer
-from blockrepl.storage.executor import IOV_MAX, DiskThread, write_all
+from blockrepl.storage.executor import IOV_MAX, ROUND_MAX, DiskThread, write_all
 
 
 @pytest.fixture
@@ -205,3 +205,25 @@ def test_a_loop_that_is_gone_does_not_hurt_the_thread(tmp_path: Path) -> None:
     disk.close()
     assert os.pread(fd, 2, 0) == b"xy"
     os.close(fd)
+
+
+async def test_more_than_a_round_of_operations_is_performed_in_order(disk: DiskThread, fd: int) -> None:
+    told: list[int] = []
+    count = 2 * ROUND_MAX + 3
+    gate = Gate(disk)
+    for number in range(count):
+        disk.write(fd, number * 4, [number.to_bytes(4, "big")], lambda _, number=number: told.append(number))  # type: ignore[misc]
+    gate.open()
+    assert await synced(disk, fd) is None
+    assert told == [*range(count)]
+    assert os.pread(fd, count * 4, 0) == b"".join(number.to_bytes(4, "big") for number in range(count))
+
+
+async def test_of_syncs_through_positions_that_become_one_the_last_is_told(disk: DiskThread, fd: int) -> None:
+    told: list[int] = []
+    gate = Gate(disk)
+    for position in (10, 20, 30):
+        disk.sync_through(fd, position, lambda position, _: told.append(position))
+    gate.open()
+    assert await synced(disk, fd) is None
+    assert told == [30]
