@@ -48,8 +48,9 @@ def journal(
     reader = JournalReader(chosen.directory / "journal", identity)
     try:
         frames, left_out = _newest(reader, limit)
-        described = [_describe(definition, reader, frame) for frame in frames]
         summary = _summary(definition, chosen, reader, left_out)
+        described = [_describe(definition, reader, frame) for frame in frames]
+        described = [record for record in described if record["kind"] != "gone"]
     finally:
         reader.close()
     if as_json:
@@ -83,7 +84,7 @@ def _summary(definition: Definition, node: Node, reader: JournalReader, left_out
 
 
 def _describe(definition: Definition, reader: JournalReader, frame: FrameHeader) -> Message:
-    """A frame as docs/command-line.md shows it. A record that was overwritten meanwhile or is damaged says so."""
+    """A frame as docs/command-line.md shows it. A damaged record says so."""
     common: Message = {"position": frame.position, "first": frame.first}
     if frame.kind == FrameKind.NOTE:
         return {**common, "kind": "note"}
@@ -93,7 +94,8 @@ def _describe(definition: Definition, reader: JournalReader, frame: FrameHeader)
         body = reader.body(frame)
         head = check_record(body)
     except DamagedError as error:
-        return {**common, "kind": "unreadable", "error": str(error)}
+        gone = reader.gave_up(frame)
+        return {**common, "kind": "gone" if gone else "unreadable", "error": "" if gone else str(error)}
     return {
         **common,
         "kind": RecordKind(head.kind).name.lower() if head.kind in set(RecordKind) else str(head.kind),

@@ -68,6 +68,11 @@ class JournalReader:
             yield header
             position, chain = position + header.size_bytes, header.crc
 
+    def gave_up(self, header: FrameHeader) -> bool:
+        """True when the node has given up the frame since it was read: what lies there now is no longer its body."""
+        self._load()
+        return header.position < self.head
+
     def body(self, header: FrameHeader) -> memoryview:
         """The bytes behind a frame's header."""
         offset = RING_OFFSET + header.position % self.ring_bytes + FRAME_HEADER_BYTES

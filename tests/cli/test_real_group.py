@@ -58,6 +58,12 @@ def test_a_group_lives_loses_its_primary_site_and_goes_on_at_the_other(real: Def
 
     verified = run("verify", "real", "--json")
     assert (verified.code, [volume["same"] for volume in verified.json["volumes"]]) == (0, [True, True])
+    image = real.node("s1").directory / "data.img"
+    for content, code in ((b"not what the host wrote", 1), (bytes(23), 0)):
+        with image.open("r+b") as file:
+            file.seek(4 << 20)
+            file.write(content)
+        assert run("verify", "real/data").code == code
     status = run("status", "real", "--json").json
     assert [node["ready"] for node in status["nodes"]] == [True] * 5
     assert [volume["primary"]["state"] for volume in status["volumes"]] == ["PAIR", "PAIR"]
