@@ -33,6 +33,7 @@ def document(outcome: Outcome, file_system: str, image_bytes: int) -> dict[str, 
         },
         "image_bytes": image_bytes,
         "runtime_s": outcome.runtime_s,
+        "idle_cpu": outcome.idle_cpu,
         "cut_short": outcome.cut_short or None,
         "results": [dataclasses.asdict(result) for result in results],
         "lag": [dataclasses.asdict(lag) for lag in outcome.lags],
@@ -52,7 +53,7 @@ def print_report(console: Console, outcome: Outcome) -> None:
     results = medians(outcome.measurements)
     figures = Figures(results, outcome.lags)
     console.print(_speed_table(figures))
-    console.print(_process_table(results))
+    console.print(_process_table(results, outcome.idle_cpu))
     for lag in outcome.lags:
         after = "did not fall to zero" if lag.zero_after_s is None else f"zero {lag.zero_after_s:.2f} s after its end"
         console.print(
@@ -103,12 +104,12 @@ def _ours_over(result: Result, figures: Figures) -> float | None:
     return None if result.system == ours else ratio(figures.speed(result.work, ours), result.bytes_per_s)
 
 
-def _process_table(results: list[Result]) -> Table:
-    """Per process: peak memory, and CPU where it was highest."""
+def _process_table(results: list[Result], idle_cpu: dict[str, dict[str, float]]) -> Table:
+    """Per process: peak memory, CPU when idle, and CPU per GiB of small and of large writes."""
     table = Table(title="Server processes", title_justify="left")
     for heading in ("system", "process"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("peak memory MiB", "CPU s/GiB, 4k randwrite QD32", "CPU s/GiB, 1 MiB write QD8"):
+    for heading in ("peak memory MiB", "idle CPU %", "CPU s/GiB, 4k randwrite QD32", "CPU s/GiB, 1 MiB write QD8"):
         table.add_column(heading, justify="right")
     figures = Figures(results)
     processes = {(result.system, name): 0 for result in results for name in result.rss_bytes}
@@ -118,7 +119,8 @@ def _process_table(results: list[Result]) -> Table:
     for (system, name), peak_bytes in sorted(processes.items()):
         costs = [figures.get(work, system) for work in ("randwrite-4k-qd32", "write-1m-qd8")]
         cells = [_number(cost.cpu_s_per_gib.get(name) if cost else None, 2) for cost in costs]
-        table.add_row(system, name, _mib(peak_bytes), *cells)
+        idle = 100 * idle_cpu.get(system, {}).get(name, 0.0)
+        table.add_row(system, name, _mib(peak_bytes), _number(idle, 1), *cells)
     return table
 
 

@@ -20,6 +20,7 @@ from scripts.benchlib.workspace import Workspace
 
 _QUIET_POLL_S = 0.03
 _QUIET_TIMEOUT_S = 10.0
+_IDLE_S = 1.5
 _WARM_UP_S = 0.2
 _LAG_WORK = "randwrite-4k-qd32"
 _LAG_LOAD_S = 3.0
@@ -45,6 +46,7 @@ class Outcome:
     measurements: list[Measurement] = field(default_factory=list)
     lags: list[LagResult] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)  # by system: why
+    idle_cpu: dict[str, dict[str, float]] = field(default_factory=dict)  # by system and process: CPU s per s
     cut_short: str = ""  # where and why, when time ran out
     runtime_s: float = 0.0
     load_before: float = field(default_factory=lambda: os.getloadavg()[0])  # runnable processes, mean of a minute
@@ -58,13 +60,12 @@ def run(settings: Settings, workspace: Workspace, tell: Tell) -> Outcome:
     try:
         systems = _start({system for _, system in settings.cells}, workspace, stack, outcome, tell)
         overhead_s = _warm_up(systems, outcome, tell)
+        outcome.idle_cpu = _idle(systems)
         outcome.runtime_s = _runtime_s(settings, systems, deadline_s, overhead_s)
         for number in range(settings.rounds):
             tell(f"round {number + 1} of {settings.rounds}, {outcome.runtime_s:.2g} s each")
             if not _round(settings, number, systems, outcome, tell, deadline_s if number else None):
-                outcome.cut_short = (
-                    f"in round {number + 1} of {settings.rounds}: slow or busy machine, or too short a time"
-                )
+                outcome.cut_short = f"in round {number + 1} of {settings.rounds}: the machine is slow or busy"
                 break
         _watch_lag(settings, systems, outcome, tell)
     finally:
@@ -132,7 +133,7 @@ def _attempt(
 ) -> Measurement | None:
     """Measure; a system that fails is left out from here on, and what it did before does not count either."""
     try:
-        return measure(work, name, systems[name], runtime_s)
+        return measure(work, name, systems[name], runtime_s, outcome.idle_cpu.get(name))
     except (fio.FioError, NotAvailableError, OSError) as error:
         del systems[name]
         outcome.measurements = [each for each in outcome.measurements if each.system != name]
@@ -141,15 +142,25 @@ def _attempt(
         return None
 
 
-def measure(work: Work, name: str, system: Running, runtime_s: float) -> Measurement:
-    """CPU counts until the system is quiet again: what a copy does after the acknowledgement belongs to the write."""
-    before_s = _cpu(system)
+def measure(
+    work: Work, name: str, system: Running, runtime_s: float, idle: dict[str, float] | None = None
+) -> Measurement:
+    """CPU counts until the system is quiet again: what a copy does after the acknowledgement belongs to the write.
+
+    ``idle`` is what its processes use when nothing happens, in CPU seconds per second: taken off for the time without
+    load, such as fio's start, so that it does not depend on how short the load was.
+    """
+    start_s, before_s = time.monotonic(), _cpu(system)
     if isinstance(system.target, fio.FileTarget):
         sample = disk.measure(work, system.target.path, runtime_s)
     else:
         sample = fio.measure(work, system.target, runtime_s)
-    after_s = _settle(system)
-    used_s = {label: after_s[label] - before_s[label] for label in after_s}
+    _settle(system)
+    after_s, without_load_s = _cpu(system), max(0.0, time.monotonic() - start_s - runtime_s)
+    used_s = {
+        label: max(0.0, after_s[label] - before_s[label] - (idle or {}).get(label, 0.0) * without_load_s)
+        for label in after_s
+    }
     for path in system.files:
         _sync(path)
     peaks = {label: rss_peak_bytes(pid) for label, pid in system.pids.items()}
@@ -160,16 +171,30 @@ def _cpu(system: Running) -> dict[str, float]:
     return {label: cpu_s(pid) for label, pid in system.pids.items()}
 
 
-def _settle(system: Running) -> dict[str, float]:
-    """Wait until nothing is lagging and no server uses CPU; return what they have used."""
+def _idle(systems: dict[str, Running]) -> dict[str, dict[str, float]]:
+    """CPU seconds per second of each process of each system when nothing is asked of it."""
+    start_s, before_s = time.monotonic(), {name: _cpu(system) for name, system in systems.items()}
+    time.sleep(_IDLE_S)
+    elapsed_s = time.monotonic() - start_s
+    return {
+        name: {label: (used_s - before_s[name][label]) / elapsed_s for label, used_s in _cpu(system).items()}
+        for name, system in systems.items()
+    }
+
+
+def _settle(system: Running) -> None:
+    """Wait until nothing is lagging or, where that is not told, until no server uses CPU."""
     deadline_s = time.monotonic() + _QUIET_TIMEOUT_S
     used_s = _cpu(system)
     while time.monotonic() < deadline_s:
         time.sleep(_QUIET_POLL_S)
+        if system.lag is not None:
+            if system.lag().writes == 0:
+                return
+            continue
         before_s, used_s = used_s, _cpu(system)
-        if used_s == before_s and (system.lag is None or system.lag().writes == 0):
-            break
-    return used_s
+        if used_s == before_s:
+            return
 
 
 def _sync(path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,9 +9,10 @@ import pytest
 
 from scripts.benchlib import runner
 from scripts.benchlib.fio import FileTarget, NbdTarget
-from scripts.benchlib.process import free_port
+from scripts.benchlib.process import cpu_s, free_port, running
 from scripts.benchlib.runner import Settings, run
-from scripts.benchlib.systems import Factory, Running
+from scripts.benchlib.systems import Factory, Lag, Running
+from scripts.benchlib.works import WORKS
 from scripts.benchlib.workspace import Workspace, write_image
 
 WORK = "randwrite-4k-qd1"
@@ -71,3 +73,21 @@ def test_everything_is_stopped_when_the_run_is_interrupted(tmp_path: Path, stopp
     with pytest.raises(KeyboardInterrupt):
         run(Settings(cells("a", "b"), 3, 0.01), Workspace(tmp_path, 1 << 16), tell)
     assert stopped == ["b", "a"]
+
+
+def test_cpu_of_the_time_without_load_does_not_count(tmp_path: Path) -> None:
+    write_image(tmp_path / "image", 1 << 16)
+    argv = [sys.executable, "-c", "print('up', flush=True)\nwhile True: pass"]
+    with running(argv, tmp_path / "log", pipes=True) as child:
+        assert child.read_line(30) == b"up"
+        used_s: list[float] = []
+
+        def lag_until_cpu_was_used() -> Lag:
+            used_s.append(cpu_s(child.pid))
+            return Lag(int(used_s[-1] - used_s[0] < 0.02), 0)
+
+        system = Running(FileTarget(tmp_path / "image"), {"busy": child.pid}, (), lag_until_cpu_was_used)
+        whole = runner.measure(WORKS[WORK], "busy", system, 0.01)
+        without_idle = runner.measure(WORKS[WORK], "busy", system, 0.01, {"busy": 1000.0})
+    assert whole.cpu_s["busy"] > 0
+    assert without_idle.cpu_s["busy"] == 0
