@@ -193,7 +193,8 @@ assert fuse_statfs_out.sizeof() == 80
 
 # The hot ones as struct formats; a test proves them equal to the declarations above.
 IN_HEADER = struct.Struct("=IIQQIIIHH")
-IO_REQUEST = struct.Struct("=IIQQIIIHH" + "QQIIQII")  # fuse_in_header and fuse_io_in
+# Of fuse_in_header and fuse_io_in what a request is decided by: whole length, opcode, unique, offset, length.
+IO_REQUEST = struct.Struct("=IIQ 24x 8xQI20x")
 OUT_HEADER = struct.Struct("=IiQ")
 WRITE_REPLY = struct.Struct("=IiQ" + "II")  # fuse_out_header and fuse_write_out
 

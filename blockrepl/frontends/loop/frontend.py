@@ -18,6 +18,7 @@ from blockrepl import errors
 from blockrepl.block import Volume
 from blockrepl.errors import BlockreplError, EnvironmentLacksError, UsageError
 from blockrepl.frontends.loop import leftovers, system
+from blockrepl.frontends.loop.device import backing_file
 from blockrepl.frontends.loop.leftovers import DIRECTORY
 from blockrepl.frontends.loop.server import FuseServer, Memory
 
@@ -34,6 +35,7 @@ class _Attached:
     path: str
     read_only: bool
     device: str = ""
+    ending: bool = False  # by us: that the kernel ends the connection is then no news
 
 
 class LoopFrontend:
@@ -68,7 +70,7 @@ class LoopFrontend:
                 raise UsageError(f"no volume {name} here", hint="see: blockrepl status")
             read_only = read_only or not volume.writable
             present = self._attached.get(name)
-            if present is not None and present.server.closed:
+            if present is not None and (present.server.closed or backing_file(present.device) != present.path):
                 await self._abandon(name, present)
                 present = None
             if present is not None:
@@ -96,7 +98,12 @@ class LoopFrontend:
             if entry.server.closed:
                 await self._abandon(name, entry)
                 return
-            await _helper("detach", entry.device, entry.path)
+            entry.ending = True
+            try:
+                await _helper("detach", entry.device, entry.path)
+            except BaseException:
+                entry.ending = False
+                raise
             self._forget(name, entry)
 
     async def close(self) -> None:
@@ -133,14 +140,18 @@ class LoopFrontend:
         except OSError:
             os.close(fuse_fd)
             raise
-        server = FuseServer(fuse_fd, volume, self._memory, read_only=read_only, lost=lambda: self._lost(name))
+        server = FuseServer(
+            fuse_fd, volume, self._memory, read_only=read_only, lost=lambda error: self._lost(name, error)
+        )
         return _Attached(server, path, read_only)
 
-    def _lost(self, name: str) -> None:
-        """The kernel ended the connection: someone unmounted the file or aborted it."""
-        log.error("loop front end: volume %s: the kernel ended the connection", name)
+    def _lost(self, name: str, error: Exception) -> None:
+        entry = self._attached.get(name)
+        if entry is None or not entry.ending:
+            log.error("loop front end: volume %s: the connection has ended, its users get EIO: %s", name, error)
 
     async def _abandon(self, name: str, entry: _Attached) -> None:
+        entry.ending = True
         arguments = ("abandon", entry.device or "-", entry.path)
         try:
             await asyncio.wait_for(_helper(*arguments), ABANDON_TIMEOUT_S)

@@ -25,6 +25,7 @@ MAX_BACKGROUND = 64  # requests that the kernel sends before it waits for replie
 KEEP_S = 1 << 30  # how long the kernel may keep the attributes: they never change
 FILE_MODE = 0o100600
 
+_unpack_request = fuse.IO_REQUEST.unpack_from
 _WRITE = int(fuse.Opcode.WRITE)
 _READ = int(fuse.Opcode.READ)
 _NO_REPLY = frozenset({fuse.Opcode.FORGET, fuse.Opcode.BATCH_FORGET, fuse.Opcode.INTERRUPT})
@@ -105,7 +106,7 @@ class Session:
         Returns how many bytes of ``body`` are payload that the batch now looks into. Raises ProtocolError for what a
         kernel never sends: the connection is to be ended.
         """
-        length, opcode, unique, _, _, _, _, _, _, _, offset, count, _, _, _, _ = fuse.IO_REQUEST.unpack_from(head)
+        length, opcode, unique, offset, count = _unpack_request(head)
         if length != size_bytes or size_bytes < fuse.HEADER_BYTES:
             raise ProtocolError(f"FUSE: a request of {size_bytes} bytes says it has {length}")
         if opcode == _WRITE:

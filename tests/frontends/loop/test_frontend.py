@@ -63,6 +63,16 @@ async def mounted(name: str, where: Path) -> AsyncIterator[Path]:
         await run("umount", where)
 
 
+async def serve(runtime_dir: Path, tmp_path: Path, volume: FileVolume) -> tuple[asyncio.subprocess.Process, str]:
+    """child.py over the volume's file, and its device."""
+    arguments = (str(tmp_path / "data.img"), str(volume.size_bytes), str(runtime_dir))
+    server = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "tests.frontends.loop.child", *arguments, stdout=subprocess.PIPE
+    )
+    assert server.stdout is not None
+    return server, (await server.stdout.readline()).decode().strip()
+
+
 def queue(name: str, attribute: str) -> str:
     return (device.sysfs(name) / attribute).read_text().strip()
 
@@ -260,6 +270,28 @@ async def test_a_name_that_is_no_volume_is_refused(frontend: LoopFrontend) -> No
         await frontend.detach("data")
 
 
+async def test_a_device_that_someone_freed_is_made_anew(frontend: LoopFrontend) -> None:
+    await asyncio.to_thread(device.free, await frontend.attach("data"))
+    name = await asyncio.wait_for(frontend.attach("data"), 30)
+    await run("dd", f"if={name}", "of=/dev/null", "bs=4k", "count=1", "iflag=direct")
+
+
+async def test_a_killed_server_is_a_dead_disk_for_the_file_system_on_it(
+    runtime_dir: Path, tmp_path: Path, volume: FileVolume
+) -> None:
+    need("mkfs.ext4")
+    server, name = await serve(runtime_dir, tmp_path, volume)
+    await run("mkfs.ext4", "-q", "-F", name)
+    async with mounted(name, tmp_path / "mnt") as where:
+        server.kill()
+        await server.wait()
+        out = await run("dd", "if=/dev/zero", f"of={where / 'file'}", "bs=64k", "count=64", "conv=fsync", code=1)
+        assert os.strerror(errno.EIO) in out or os.strerror(errno.EROFS) in out
+        clean_leftovers(runtime_dir)
+    assert device.backing_file(name) is None
+    assert remains(runtime_dir) == []
+
+
 async def test_a_mount_that_someone_took_away_is_noticed_and_made_anew(
     frontend: LoopFrontend, runtime_dir: Path, volume: FileVolume
 ) -> None:
@@ -275,13 +307,8 @@ async def test_users_of_a_killed_server_get_eio_and_the_next_one_cleans_up(
     runtime_dir: Path, tmp_path: Path, volume: FileVolume
 ) -> None:
     need("fio")
-    server = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "tests.frontends.loop.child", str(tmp_path / "data.img"), str(volume.size_bytes),
-        str(runtime_dir), stdout=subprocess.PIPE,
-    )  # fmt: skip
+    server, name = await serve(runtime_dir, tmp_path, volume)
     try:
-        assert server.stdout is not None
-        name = (await server.stdout.readline()).decode().strip()
         writer = asyncio.create_task(
             run(
                 "fio",
@@ -297,6 +324,7 @@ async def test_users_of_a_killed_server_get_eio_and_the_next_one_cleans_up(
                 code=1,
             )
         )
+        assert server.stdout is not None
         assert await server.stdout.readline() == b"busy\n"
     finally:
         server.kill()
@@ -317,12 +345,7 @@ async def test_users_of_a_killed_server_get_eio_and_the_next_one_cleans_up(
 async def test_leftovers_that_are_still_open_free_themselves_with_their_last_user(
     runtime_dir: Path, tmp_path: Path, volume: FileVolume
 ) -> None:
-    server = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "tests.frontends.loop.child", str(tmp_path / "data.img"), str(volume.size_bytes),
-        str(runtime_dir), stdout=subprocess.PIPE,
-    )  # fmt: skip
-    assert server.stdout is not None
-    name = (await server.stdout.readline()).decode().strip()
+    server, name = await serve(runtime_dir, tmp_path, volume)
     fd = await asyncio.to_thread(os.open, name, os.O_RDONLY)
     server.kill()
     await server.wait()
