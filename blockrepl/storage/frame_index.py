@@ -31,7 +31,7 @@ class FrameRef(NamedTuple):
 
 
 class FrameIndex:
-    """Columns over frames in the order appended. PADs are not in it.
+    """Columns over frames in the order appended. PADs too: one may be where the head or a durable position stands.
 
     A frame's *ordinal* counts frames ever indexed and never changes; its row is ``ordinal - self._base``. Rows below
     ``self._start`` are given up. For each stream and each sender there is a column of the ordinals of its records, in
@@ -63,7 +63,8 @@ class FrameIndex:
 
     def __iter__(self) -> Iterator[FrameRef]:
         for row in range(self._start, len(self._position)):
-            yield self._ref(row)
+            if self._kind[row] != FrameKind.PAD:
+                yield self._ref(row)
 
     def add(
         self, position: int, body_bytes: int, chain: int, first: int, count: int, stream: int, sender: int, kind: int

@@ -173,7 +173,7 @@ class Journal:
         return self.append(FrameKind.NOTE, number, 0, 0, 0, 0, (), 0)
 
     def adopt(self, position: int, size_bytes: int, crc: int) -> None:
-        """Recovery took a frame at the tail (and put it into `index` unless it is a PAD)."""
+        """Recovery took a frame at the tail, and put it into `index`."""
         assert position == self.tail
         assert not self._settled
         self.tail = position + size_bytes
@@ -205,12 +205,15 @@ class Journal:
     def truncate(self, position: int) -> tuple[int, int]:
         """Discard the frames from ``position`` on; return (sequence numbers, body bytes) of the records discarded.
 
+        What stays is durable (asserted): else a power cut could take a part of that, and the new tag would begin beyond
+        the tail.
+
         It is done when the next `superblock` is durable, not before; until then nothing is appended. One slot write
         decides it: no power cut leaves a part of what is discarded (see `formats.journal.superblock`, tags).
         """
         assert self._settled
         assert not self.slots.in_flight
-        assert self.head <= position <= self.tail
+        assert self.head <= position <= self.durable, "what stays must be durable"
         chain = self._chain if position == self.tail else self.index.chain_at(position)
         assert chain is not None, "not the start of a frame"
         dropped = self.index.truncate(position)
@@ -218,7 +221,7 @@ class Journal:
         self.tags = [each for each in self.tags if each[0] < position] + [(position, tag)]
         assert len(self.tags) <= TAGS_MAX
         self.tail = position
-        self.durable = min(self.durable, position)
+        self.durable = position
         self._chain = chain
         self._truncating = True
         self._update_limit()
@@ -287,6 +290,7 @@ class Journal:
             FRAME_MAGIC, FRAME_VERSION, FrameKind.PAD, 0, self.tail, size, 0, self._chain, 0, self.durable, 0, 0, 0, 0,
             self.tags[-1][1],
         )  # fmt: skip
+        self.index.add(self.tail, 0, self._chain, 0, 0, 0, 0, FrameKind.PAD)
         self._chain = crc32c(unsigned)
         place = self.tail % self.ring_bytes
         self.tail += size

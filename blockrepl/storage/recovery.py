@@ -141,11 +141,10 @@ def _load(read: Read, identity: Identity, ring_bytes: int | None) -> tuple[Journ
 
 
 def _adopt(journal: Journal, header: FrameHeader) -> None:
-    if header.kind != FrameKind.PAD:
-        journal.index.add(
-            header.position, header.body_bytes, header.chain, header.first, header.count, header.stream, header.sender,
-            header.kind,
-        )  # fmt: skip
+    journal.index.add(
+        header.position, header.body_bytes, header.chain, header.first, header.count, header.stream, header.sender,
+        header.kind,
+    )  # fmt: skip
     journal.adopt(header.position, header.size_bytes, header.crc)
     journal.durable = max(journal.durable, header.durable_through)
 

@@ -280,6 +280,15 @@ def test_truncation_discards_beyond_a_number_for_ever() -> None:
     assert [ref.first for ref in rig.restart().journal.frames()] == [3]
 
 
+def test_truncation_keeps_durable_frames_only() -> None:
+    """Else a power cut takes a part of them, and the new tag begins beyond the tail."""
+    rig = Rig()
+    rig.append(1)
+    rig.append(2)
+    with pytest.raises(AssertionError, match="durable"):
+        rig.journal.truncate(4096)
+
+
 def test_the_largest_state_fits_into_a_superblock() -> None:
     rig = Rig()
     rig.save(b"s" * STATE_BYTES)
@@ -301,3 +310,21 @@ def test_the_index_takes_about_sixty_bytes_a_frame() -> None:
     index = rig.journal.index
     used = sum(column.itemsize for column in index._columns) + 2 * struct.calcsize("Q")
     assert used <= 60
+
+
+def test_a_durable_position_where_a_pad_starts_may_be_trimmed_to() -> None:
+    rig = Rig()
+    number = 0
+    while rig.journal.tail + frame_size(20000) <= RING_BYTES:
+        number += 1
+        rig.append(number, 20000)
+        rig.sync()
+        rig.journal.trim(rig.journal.position_after(number - 5))
+        rig.save(b"")
+    durable = rig.journal.durable
+    rig.append(number + 1, 20000)
+    rig.disk.sync()
+    rig.journal.trim(durable)
+    rig.save(b"")
+    assert rig.numbers() == [number + 1]
+    assert [ref.first for ref in rig.restart().journal.frames()] == [number + 1]

@@ -69,7 +69,6 @@ class PowerCuts(RuleBasedStateMachine):
     def trim(self, share: float) -> None:
         journal = self.rig.journal
         starts = [ref.position for ref in journal.frames() if ref.position <= journal.durable] + [journal.durable]
-        starts = [each for each in starts if each == journal.tail or journal.index.chain_at(each) is not None]
         if starts:
             journal.trim(starts[round(share * (len(starts) - 1))])
 
@@ -84,7 +83,7 @@ class PowerCuts(RuleBasedStateMachine):
     @rule(share=st.floats(0, 1))
     def begin_truncation(self, share: float) -> None:
         journal = self.rig.journal
-        starts = [ref.position for ref in journal.frames()] + [journal.tail]
+        starts = [ref.position for ref in journal.frames() if ref.position <= journal.durable] + [journal.durable]
         position = starts[round(share * (len(starts) - 1))]
         journal.truncate(position)
         self.truncating = [each for each in self.frames if each[0] < position]
