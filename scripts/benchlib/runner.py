@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,11 +21,12 @@ from scripts.benchlib.workspace import Workspace
 
 _QUIET_POLL_S = 0.03
 _QUIET_TIMEOUT_S = 10.0
-_IDLE_S = 1.5
+_IDLE_S = 1.0
 _WARM_UP_S = 0.2
 _LAG_WORK = "randwrite-4k-qd32"
 _LAG_LOAD_S = 3.0
-_MIN_RUNTIME_S = 0.1
+_MIN_RUNTIME_S = 0.2
+_OVERHEAD_S = 0.4  # of a measurement beyond its load: fio's start, settling, syncing
 
 Tell = Callable[[str], None]
 
@@ -56,55 +58,61 @@ def run(settings: Settings, workspace: Workspace, tell: Tell) -> Outcome:
     """Measure every cell in every round. What cannot be started or breaks is skipped, with the reason."""
     outcome = Outcome()
     deadline_s = None if settings.budget_s is None else time.monotonic() + settings.budget_s
-    stack = ExitStack()
-    try:
-        systems = _start({system for _, system in settings.cells}, workspace, stack, outcome, tell)
-        overhead_s = _warm_up(systems, outcome, tell)
+    with _started({system for _, system in settings.cells}, workspace, outcome, tell) as systems:
+        if deadline_s is None:
+            _warm_up(systems, outcome, tell)
         outcome.idle_cpu = _idle(systems)
-        outcome.runtime_s = _runtime_s(settings, systems, deadline_s, overhead_s)
+        outcome.runtime_s = _runtime_s(settings, systems, deadline_s)
         for number in range(settings.rounds):
             tell(f"round {number + 1} of {settings.rounds}, {outcome.runtime_s:.2g} s each")
             if not _round(settings, number, systems, outcome, tell, deadline_s if number else None):
                 outcome.cut_short = f"in round {number + 1} of {settings.rounds}: the machine is slow or busy"
                 break
         _watch_lag(settings, systems, outcome, tell)
-    finally:
-        tell("stopping everything")
-        with uninterrupted():
-            stack.close()
     return outcome
 
 
-def _start(
-    names: Iterable[str], workspace: Workspace, stack: ExitStack, outcome: Outcome, tell: Tell
-) -> dict[str, Running]:
-    systems: dict[str, Running] = {}
-    for name, factory in FACTORIES.items():
-        if name in names:
-            tell(f"starting {name}")
-            try:
-                systems[name] = stack.enter_context(factory(workspace))
-            except (NotAvailableError, fio.FioError, OSError) as error:
-                outcome.skipped[name] = f"not available: {error}"
-                tell(f"{name} {outcome.skipped[name]}")
-    return systems
+@contextmanager
+def _started(
+    names: Collection[str], workspace: Workspace, outcome: Outcome, tell: Tell
+) -> Iterator[dict[str, Running]]:
+    """The systems, started all at once and stopped all at once: most of either is waiting. Without those that fail."""
+    contexts = {name: factory(workspace) for name, factory in FACTORIES.items() if name in names}
+    tell(f"starting {', '.join(contexts)}")
+    with ThreadPoolExecutor(max_workers=max(1, len(contexts))) as pool:
+        entering = {name: pool.submit(context.__enter__) for name, context in contexts.items()}
+        systems: dict[str, Running] = {}
+        try:
+            for name, future in entering.items():
+                try:
+                    systems[name] = future.result()
+                except (NotAvailableError, fio.FioError, OSError) as error:
+                    outcome.skipped[name] = f"not available: {error}"
+                    tell(f"{name} {outcome.skipped[name]}")
+            yield systems
+        finally:
+            tell("stopping everything")
+            with uninterrupted():
+                # An interrupt may find some of them half-way: `exception` waits until each is up or gone.
+                up = [name for name, future in entering.items() if future.exception() is None]
+                leaving = [pool.submit(contexts[name].__exit__, None, None, None) for name in up]
+                wait(leaving)
+            for exit_of_one in leaving:
+                exit_of_one.result()
 
 
-def _warm_up(systems: dict[str, Running], outcome: Outcome, tell: Tell) -> float:
-    """A short load on each; returns what a measurement takes on average beyond the load itself."""
-    start_s, count = time.monotonic(), len(systems)
+def _warm_up(systems: dict[str, Running], outcome: Outcome, tell: Tell) -> None:
     for name in list(systems):
         _attempt(WORKS[_LAG_WORK], name, _WARM_UP_S, systems, outcome, tell)
-    return (time.monotonic() - start_s) / max(1, count) - _WARM_UP_S
 
 
-def _runtime_s(settings: Settings, systems: dict[str, Running], deadline_s: float | None, overhead_s: float) -> float:
+def _runtime_s(settings: Settings, systems: dict[str, Running], deadline_s: float | None) -> float:
     """What the settings ask for, or as much of it as the time left allows for each measurement."""
     count = settings.rounds * sum(system in systems for _, system in settings.cells)
     if deadline_s is None or count == 0:
         return settings.runtime_s
     left_s = deadline_s - time.monotonic()
-    return max(_MIN_RUNTIME_S, min(settings.runtime_s, left_s / count - overhead_s))
+    return max(_MIN_RUNTIME_S, min(settings.runtime_s, left_s / count - _OVERHEAD_S))
 
 
 def _round(
