@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import secrets
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from blockrepl.block import Buffer
 from blockrepl.errors import StorageError
-from blockrepl.storage.executor import DiskThread, write_all
+from blockrepl.storage.executor import DiskThread, write_all, write_durably
 from blockrepl.storage.files import create_file, fill_zeros, open_locked, read_at, storage_error
 from blockrepl.storage.journal import Journal, Write
 from blockrepl.storage.recovery import CheckBody, Recovered, recover
@@ -19,6 +20,8 @@ from blockrepl.storage.slots import Identity
 Saved = Callable[[], None]
 Truncated = Callable[[int, int], None]
 """Called with how many sequence numbers and body bytes were discarded."""
+INLINE_BYTES = 1 << 18  # larger commits go to the thread: their copying runs beside the loop
+INLINE_SYNC_S = 0.001  # on a slower disk all commits do
 IOV_JOIN = 512  # frames that follow each other go into one write, up to about so many buffers
 
 
@@ -55,6 +58,10 @@ class JournalFile:
         self._thread = thread
         self._writes: list[Write] = []
         self._write_end = -1  # file offset where the last of `_writes` ends
+        self.inline_bytes = INLINE_BYTES  # commits up to this size may run on the loop
+        self._bytes = 0  # in `_writes`
+        self._asked = 0  # the position of the newest sync that the thread was asked for
+        self._sync_s = 0.0  # how long a commit takes, smoothed
         self._flying: _Save | None = None
         self._next: _Save | None = None
 
@@ -118,10 +125,33 @@ class JournalFile:
         return self.journal.tail
 
     def commit(self) -> None:
-        """Write and sync what was appended. Raises StorageError."""
+        """Write and sync what was appended. Raises StorageError.
+
+        Small commits run here and now while the disk answers fast and the thread has nothing of ours: no thread is
+        woken, and what arrives meanwhile waits in the sockets and is the next group. ``on_durable`` is then called
+        before this returns.
+        """
         self._check()
+        if self._asked <= self.journal.durable and self._bytes <= self.inline_bytes and self._sync_s <= INLINE_SYNC_S:
+            self._commit_here()
+            return
+        if self._asked <= self.journal.durable:
+            self._sync_s *= 0.99  # so that a disk that was slow for a while is tried again
         self._flush()
+        self._asked = self.journal.tail
         self._thread.sync_through(self._fd, self.journal.tail, self._synced)
+
+    def _commit_here(self) -> None:
+        started_s = time.monotonic()
+        try:
+            for offset, buffers in self._writes:
+                write_durably(self._fd, offset, buffers)
+        except OSError as error:
+            self._fail(error)
+            return
+        self._sync_s += (time.monotonic() - started_s - self._sync_s) / 16
+        self._drop_writes()
+        self._synced(self.journal.tail, None)
 
     def save(self, state: bytes, trim_to: int = 0, done: Saved | None = None) -> None:
         """Make ``state`` durable, and give up the frames below ``trim_to``; ``done()`` when both are durable.
@@ -171,13 +201,19 @@ class JournalFile:
                 self._writes[-1][1].extend(buffers)
             else:
                 self._writes.append((offset, buffers))
-            self._write_end = offset + sum(map(len, buffers))
+            size = sum(map(len, buffers))
+            self._write_end = offset + size
+            self._bytes += size
 
     def _flush(self) -> None:
         for offset, buffers in self._writes:
             self._thread.write(self._fd, offset, buffers)
+        self._drop_writes()
+
+    def _drop_writes(self) -> None:
         self._writes.clear()
         self._write_end = -1
+        self._bytes = 0
 
     def _synced(self, position: int, error: OSError | None) -> None:
         if error is not None:

@@ -38,6 +38,7 @@ class Desk:
         self.file: JournalFile | None = None
         self.disk: DiskThread | None = None
         self.durable: asyncio.Event = asyncio.Event()
+        self.inline_bytes = -1  # all commits by the thread, unless a test says otherwise
 
     def open(self, ring_bytes: int | None = RING_BYTES) -> JournalFile:
         self.disk = DiskThread(asyncio.get_running_loop(), "test disk")
@@ -46,6 +47,7 @@ class Desk:
         except BaseException:
             self.disk.close()
             raise
+        self.file.inline_bytes = self.inline_bytes
         self.file.on_durable = lambda _position: self.durable.set()
         return self.file
 
@@ -200,6 +202,73 @@ async def test_truncation_is_durable_and_appends_go_on_behind_it(desk: Desk) -> 
     file = desk.open()
     assert file.recovered.state == b"cut"
     assert [(ref.first, ref.body_bytes) for ref in file.journal.frames()][5:] == [(6, 100), (7, 500)]
+
+
+async def test_a_small_commit_runs_on_the_loop_and_is_durable_when_it_returns(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.inline_bytes = 1 << 16
+    file = desk.open()
+    flags: list[int] = []
+    real = os.pwritev
+
+    def counted(fd: int, part: list[Buffer], at: int, flag: int = 0) -> int:
+        flags.append(flag)
+        return real(fd, part, at, flag)
+
+    monkeypatch.setattr(os, "pwritev", counted)
+    for number in range(1, 4):
+        append(file, number)
+    file.commit()
+    assert file.journal.durable == file.journal.tail
+    assert flags == [os.RWF_DSYNC]
+    desk.close()
+    file = desk.open()
+    assert [ref.first for ref in file.journal.frames()] == [1, 2, 3]
+
+
+async def test_an_error_in_a_commit_on_the_loop_acknowledges_nothing(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.inline_bytes = 1 << 16
+    file = desk.open()
+    told: list[int] = []
+    failures: list[StorageError] = []
+    file.on_durable, file.on_failed = told.append, failures.append
+
+    def bad(*_: object) -> int:
+        raise OSError(errno.EIO, "no disk")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", bad)
+        append(file, 1)
+        file.commit()
+    assert (told, len(failures)) == ([], 1)
+    with pytest.raises(StorageError):
+        file.commit()
+
+
+async def test_while_the_thread_syncs_a_small_commit_goes_to_it_too(desk: Desk) -> None:
+    """Else what it writes here would be reported durable before what it follows."""
+    file = desk.open()
+    told: list[int] = []
+    done = asyncio.Event()
+
+    def on_durable(position: int) -> None:
+        told.append(position)
+        if position == file.journal.tail:
+            done.set()
+
+    file.on_durable = on_durable
+    append(file, 1)
+    file.commit()
+    first = file.journal.tail
+    file.inline_bytes = 1 << 16
+    append(file, 2)
+    file.commit()
+    assert told == []
+    await done.wait()
+    assert told in ([first, file.journal.tail], [file.journal.tail])
 
 
 @pytest.mark.parametrize("call", ["fdatasync", "pwritev"])
