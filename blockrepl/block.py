@@ -86,6 +86,7 @@ class Volume(ABC):
     size_bytes: int
     block_size_bytes: int
     writable: bool
+    max_write_bytes: int = 32 << 20  # of one command's payload; zeroes and trims may be longer
 
     @abstractmethod
     def submit(self, batch: WriteBatch) -> bool:

@@ -157,6 +157,7 @@ WRONG = [
     ('"127.0.0.1:7110"', '"127.0.0.1:7110"\nnbd = "127.0.0.1:1"', "$.node[2].nbd", "no volumes", ""),
     ("block_size = 4096", "block_size = 1000", "$.group.block_size", "512 or 4096", ""),
     ('journal = "256MiB"', 'journal = "512KiB"', "$.group.journal", "at least 1 MiB", ""),
+    ('journal = "256MiB"', 'journal = "8MiB"', "$.group.journal", "too small for 2 primaries", "16777216"),
     ('journal = "256MiB"', "journal = 1048577", "$.group.journal", "no multiple of 4096", "1048576"),
     ("[group]", '[group]\nmode = "volumes"', "$.group.mode", "not there yet", ""),
     ("[group]", '[group]\nfence = "never"', "$.group.fence", "not there yet", ""),

@@ -14,6 +14,7 @@ from blockrepl.errors import DefinitionError
 
 NAME_PATTERN = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
 MIN_JOURNAL_BYTES = 1 << 20
+RING_PER_PRIMARY_BYTES = 8 << 20  # see node.base.max_write_bytes
 MAX_VOLUME_BYTES = 1 << 62  # offsets are signed 64 bits in every system call
 MAX_ID = (1 << 16) - 1
 
@@ -38,6 +39,12 @@ def _group_problems(definition: Definition) -> Iterator[Problem]:
             yield f"group.{key}", f"a journal has at least 1 MiB, this has {size} bytes", f'write {key} = "256MiB"'
         elif size % 4096:
             yield f"group.{key}", f"{size} bytes is no multiple of 4096", f"write {key} = {size // 4096 * 4096}"
+        elif definition.replicated and size < (least := RING_PER_PRIMARY_BYTES * max(2, len(definition.primaries))):
+            yield (
+                f"group.{key}",
+                f"{size} bytes are too small for {len(definition.primaries)} primaries that write 1 MiB at a time",
+                f'write {key} = "256MiB"; at least {least} bytes',
+            )
     if group.mode != "journal":
         yield "group.mode", f'the mode "{group.mode}" is not there yet', 'write mode = "journal", or leave it out'
     if group.fence != "data":

@@ -21,7 +21,7 @@ from blockrepl.storage.executor import DiskThread
 
 log = logging.getLogger("blockrepl.node")
 LOCK_NAME = "lock"
-MAX_WRITE_BYTES = 16 << 20
+MAX_WRITE_BYTES = 32 << 20
 
 
 def policy_of(definition: Definition) -> Policy:
@@ -32,16 +32,20 @@ def policy_of(definition: Definition) -> Policy:
         link_timeout_s=given.link_timeout_s,
         hold_s=given.hold_s,
         checkpoint_s=given.checkpoint_s,
-        checkpoint_bytes=int(given.checkpoint_bytes),
+        checkpoint_bytes=min(int(given.checkpoint_bytes), _smaller_ring(definition) // 8),
         round_s=given.round_s,
         round_bytes=int(given.round_bytes),
         open_backoff_s=given.link_timeout_s,
     )
 
 
+def _smaller_ring(definition: Definition) -> int:
+    return min(int(definition.group.journal), int(definition.group.secondary_journal))
+
+
 def max_write_bytes(definition: Definition) -> int:
     """The largest write that hosts may send: it must fit every ring, with what others are granted."""
-    ring = min(int(definition.group.journal), int(definition.group.secondary_journal))
+    ring = _smaller_ring(definition)
     return min(MAX_WRITE_BYTES, ring // (8 * max(2, len(definition.primaries))) // 4096 * 4096)
 
 

@@ -180,7 +180,7 @@ class Handshake:
             sizes = {
                 "minimum_bytes": volume.block_size_bytes,
                 "preferred_bytes": max(volume.block_size_bytes, PREFERRED_BLOCK_BYTES),
-                "maximum_payload_bytes": nbd.MAX_PAYLOAD_BYTES,
+                "maximum_payload_bytes": min(nbd.MAX_PAYLOAD_BYTES, volume.max_write_bytes),
             }
             out += _reply(option, OptionReply.INFO, nbd.info_block_size.build(sizes))
         out += _reply(option, OptionReply.ACK)

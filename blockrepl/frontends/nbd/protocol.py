@@ -90,6 +90,7 @@ class Transmission:
         self._size_bytes = volume.size_bytes
         self._mask = volume.block_size_bytes - 1
         self._writable = volume.writable
+        self._max_payload_bytes = min(MAX_PAYLOAD_BYTES, volume.max_write_bytes)
 
     def decode(self, chunk: Chunk, start: int, end: int) -> tuple[int, int]:
         """Take every complete request in ``chunk.view[start:end]``: (bytes consumed, whole size of the one cut off).
@@ -98,7 +99,7 @@ class Transmission:
         """
         view, buffer = chunk.view, chunk.buffer
         unpack = nbd.REQUEST.unpack_from
-        size_bytes, mask = self._size_bytes, self._mask
+        size_bytes, mask, most = self._size_bytes, self._mask, self._max_payload_bytes
         reads = self.reads
         batch = WriteBatch(self._done, chunk)
         offsets, lengths, cookies, payloads = batch.offsets, batch.lengths, batch.cookies, batch.payloads
@@ -108,7 +109,7 @@ class Transmission:
         need = 0
         while end - at >= REQUEST_BYTES:
             head, cookie, offset, length = unpack(buffer, at)
-            if (offset | length) & mask or offset + length > size_bytes or not 0 < length <= MAX_PAYLOAD_BYTES:
+            if (offset | length) & mask or offset + length > size_bytes or not 0 < length <= most:
                 pass
             elif head == _READ:
                 reads.append((cookie, offset, length))
@@ -180,7 +181,7 @@ class Transmission:
             return NbdError.EINVAL
         if offset + length > self._size_bytes:
             return _BEYOND_END[command]
-        if command == Command.READ and length > MAX_PAYLOAD_BYTES:
+        if command in (Command.READ, Command.WRITE) and length > self._max_payload_bytes:
             return NbdError.EINVAL
         return NbdError.NONE
 

@@ -222,3 +222,16 @@ def test_replies_tell_each_command_of_a_batch_its_own_fate() -> None:
 )
 def test_errnos_become_the_words_the_protocol_has(code: int, expected: int) -> None:
     assert nbd_error(BlockError(code)) == expected
+
+
+def test_a_write_larger_than_the_volume_takes_is_refused_and_the_next_one_served() -> None:
+    volume = Fixed(SIZE)
+    volume.max_write_bytes = 4096
+    requests = Transmission(volume, lambda _: None)
+    data = write(9, 0, b"x" * 4608) + write(10, 0, b"y" * 4096)
+    chunk = Chunk(len(data), None)
+    chunk.view[:] = data
+    assert requests.decode(chunk, 0, len(data)) == (len(data), 0)
+    assert b"".join(requests.refused) == refusal(9, NbdError.EINVAL)
+    assert requests.batch is not None
+    assert requests.batch.cookies == [10]
