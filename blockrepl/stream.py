@@ -131,7 +131,15 @@ class Stream:
             self._need = 0
             return
         self._need = need
-        if borrowed:
+        if not borrowed:
+            return
+        rest = self._end - self._start
+        if need <= HEAD_BYTES and rest < HEAD_BYTES:  # cut in a header: may wait for ever, and shall hold little
+            small = Chunk(HEAD_BYTES, None)
+            small.view[:rest] = chunk.view[self._start : self._end]
+            self._pool.put(chunk, self._start)
+            self._chunk, self._start, self._end = small, 0, rest
+        else:
             self._pool.part_with(chunk)
             self._chunk = chunk
 

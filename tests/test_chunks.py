@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
 from blockrepl.chunks import ROOM_BYTES, ChunkPool
@@ -105,3 +108,15 @@ def test_a_large_chunk_never_becomes_the_current_one() -> None:
     chunk, filled = pool.borrow()
     assert len(chunk.buffer) == pool.chunk_bytes
     assert filled == 0
+
+
+def test_large_chunks_take_memory_when_bytes_come() -> None:
+    before = resident_bytes()
+    chunks = [ChunkPool().take(32 << 20) for _ in range(16)]
+    assert resident_bytes() - before < 32 << 20
+    chunks[0].view[:4] = b"used"
+    assert bytes(chunks[0].buffer[:4]) == b"used"
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -305,3 +305,20 @@ async def test_large_frames_are_received_in_place_and_their_tails_are_not_copied
     rig.consumer.release()
     assert rig.consumer.frames == frames
     rig.close()
+
+
+async def test_a_peer_that_stops_amid_a_header_or_announces_much_holds_little() -> None:
+    pool = ChunkPool()
+    rigs = [Rig(pool) for _ in range(100)]
+    for rig in rigs[:50]:
+        await rig.give(frame(b"x" * 1000) + b"\0\0")
+    for rig in rigs[50:]:
+        await rig.give((1 << 25).to_bytes(4, "big") + b"y" * EXACT_BYTES)
+    for rig in rigs:
+        await rig.until(lambda rig=rig: rig.stream._chunk is not None)  # type: ignore[misc]
+    assert all(len(rig.stream._chunk.buffer) <= 512 for rig in rigs[:50] if rig.stream._chunk)
+    for rig in rigs[:50]:
+        await rig.give(b"\0\4last")
+        await rig.until(lambda rig=rig: rig.consumer.frames == [b"x" * 1000, b"last"])  # type: ignore[misc]
+    for rig in rigs:
+        rig.close()

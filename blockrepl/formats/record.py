@@ -233,7 +233,9 @@ def _check_body(head: RecordHead, view: memoryview, error: type[ProtocolError] |
         raise error(f"record of batch {head.batch}: entries need {payload} payload bytes")
 
 
-def number_record(buffer: bytearray, offset: int, epoch: int, first: int, previous: int, time_ns: int) -> int:
+def number_record(
+    buffer: bytearray | memoryview, offset: int, epoch: int, first: int, previous: int, time_ns: int
+) -> int:
     """Fill in the intermediate's part of the record at ``offset`` of ``buffer``, in place; return the header's CRC."""
     part = offset + PRIMARY_PART_BYTES
     INTERMEDIATE_PART.pack_into(buffer, part, epoch, first, previous, time_ns, 0)

@@ -239,7 +239,7 @@ class Intermediate:
         head.epoch, head.first, head.previous, head.time_ns = (
             self.state.epoch.number, self.numbered + 1, stream.last, time_ns,
         )  # fmt: skip
-        head.header_crc = number_record(chunk.buffer, start, head.epoch, head.first, head.previous, time_ns)
+        head.header_crc = number_record(chunk.view, start, head.epoch, head.first, head.previous, time_ns)
         self.numbered += head.count
         stream.last = sender.last = self.numbered
         sender.batch = head.batch
