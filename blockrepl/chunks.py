@@ -12,7 +12,7 @@ each, do not hold a thousand chunks; and the memory stays warm in the cache.
 
 from __future__ import annotations
 
-from mmap import mmap
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
 CHUNK_BYTES = 1 << 18
 LAZY_BYTES = 1 << 19  # from here on memory comes when bytes do: announcing 32 MiB costs nothing, zeroing them 30 ms
@@ -28,7 +28,11 @@ class Chunk:
     __slots__ = ("buffer", "pool", "users", "view")
 
     def __init__(self, size_bytes: int, pool: ChunkPool | None) -> None:
-        self.buffer: bytearray | mmap = bytearray(size_bytes) if size_bytes < LAZY_BYTES else mmap(-1, size_bytes)
+        self.buffer: bytearray | mmap
+        if size_bytes < LAZY_BYTES:
+            self.buffer = bytearray(size_bytes)
+        else:
+            self.buffer = mmap(-1, size_bytes, MAP_PRIVATE | MAP_ANONYMOUS)
         self.view = memoryview(self.buffer)
         self.users = 1
         self.pool = pool
