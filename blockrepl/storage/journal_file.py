@@ -220,17 +220,22 @@ class JournalFile:
             self._fail(error)
         elif self.failed is None:
             self.journal.synced(position)
-            self.on_durable(position)
+            self.on_durable(self.journal.durable)  # less than ``position`` when that was truncated meanwhile
+            if self._next is not None and self._flying is None:
+                self._start_save()
 
     def _start_save(self) -> None:
-        save, self._next = self._next, None
+        save = self._next
         assert save is not None
-        self._flying = save
+        if save.truncate_to is not None and save.truncate_to > self.journal.durable:
+            self.commit()  # what stays must be durable first; `_synced` comes back here
+            return
+        self._flying, self._next = save, None
         if save.trim_to > self.journal.head:
             self.journal.trim(save.trim_to)
         dropped = (0, 0)
         if save.truncate_to is not None:
-            assert not self._writes
+            self._flush()  # all of it goes: it is voided by its tag
             dropped = self.journal.truncate(save.truncate_to)
         offset, buffers = self.journal.superblock(save.state)
         self._thread.write(self._fd, offset, buffers)

@@ -271,6 +271,18 @@ async def test_while_the_thread_syncs_a_small_commit_goes_to_it_too(desk: Desk) 
     assert told in ([first, file.journal.tail], [file.journal.tail])
 
 
+async def test_truncation_takes_what_was_not_even_written_yet(desk: Desk) -> None:
+    file = desk.open()
+    for number in range(1, 10):
+        append(file, number)
+    dropped: asyncio.Future[tuple[int, int]] = asyncio.get_running_loop().create_future()
+    file.truncate(file.journal.position_after(6), b"cut", lambda numbers, size: dropped.set_result((numbers, size)))
+    assert await dropped == (3, 300)
+    assert file.journal.durable == file.journal.tail, "what stays was made durable first"
+    desk.close()
+    assert [ref.first for ref in desk.open().journal.frames()] == [1, 2, 3, 4, 5, 6]
+
+
 @pytest.mark.parametrize("call", ["fdatasync", "pwritev"])
 async def test_after_an_error_nothing_is_acknowledged_any_more(
     desk: Desk, monkeypatch: pytest.MonkeyPatch, call: str
