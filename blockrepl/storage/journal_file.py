@@ -132,10 +132,13 @@ class JournalFile:
         before this returns.
         """
         self._check()
-        if self._asked <= self.journal.durable and self._bytes <= self.inline_bytes and self._sync_s <= INLINE_SYNC_S:
+        # Not beside a sync of the thread's: the kernel tells a write-back error once per open file, and the other of
+        # two syncs would take its own lost frames for durable.
+        idle = self._asked <= self.journal.durable and self._flying is None
+        if idle and self._bytes <= self.inline_bytes and self._sync_s <= INLINE_SYNC_S:
             self._commit_here()
             return
-        if self._asked <= self.journal.durable:
+        if idle:
             self._sync_s *= 0.99  # so that a disk that was slow for a while is tried again
         self._flush()
         self._asked = self.journal.tail

@@ -23,6 +23,7 @@ from blockrepl.errors import (
     UsageError,
 )
 from blockrepl.formats.journal import RING_OFFSET, FrameKind
+from blockrepl.storage import journal_file
 from blockrepl.storage.executor import DiskThread
 from blockrepl.storage.journal_file import JournalFile
 from tests.storage.journals import IDENTITY, RING_BYTES, body_of, good_body
@@ -281,6 +282,27 @@ async def test_truncation_takes_what_was_not_even_written_yet(desk: Desk) -> Non
     assert file.journal.durable == file.journal.tail, "what stays was made durable first"
     desk.close()
     assert [ref.first for ref in desk.open().journal.frames()] == [1, 2, 3, 4, 5, 6]
+
+
+async def test_no_commit_runs_on_the_loop_beside_a_save_in_the_thread(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel reports a write-back error once per open file: the save's sync could swallow the commit's."""
+    file = desk.open()
+    file.inline_bytes = 1 << 18
+    here: list[int] = []
+    monkeypatch.setattr(journal_file, "write_durably", lambda _fd, offset, _buffers: here.append(offset))
+    saved = asyncio.Event()
+    file.save(b"in the air", done=saved.set)
+    append(file, 1)
+    file.commit()
+    assert here == []
+    assert file.journal.durable == 0
+    await saved.wait()
+    await desk.until_durable(file.journal.tail)
+    append(file, 2)
+    file.commit()
+    assert len(here) == 1
 
 
 @pytest.mark.parametrize("call", ["fdatasync", "pwritev"])
