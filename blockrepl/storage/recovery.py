@@ -46,7 +46,8 @@ _NEWER_TAGS = 256  # a tag this much above the expected one is of a later trunca
 Read = Callable[[int, int], bytes]
 """(file offset, length) -> exactly so many bytes"""
 CheckBody = Callable[[FrameHeader, memoryview], bool]
-"""Whether a record's (or a note's) body is what was appended. True means that the frame is taken; called in order."""
+"""Whether a record's (or a note's) body is what was appended. True means that the frame is taken; called in order, for
+notes without a body too: what they say is in the header."""
 
 
 class Found(Enum):
@@ -187,7 +188,7 @@ class _Ring:
             return header, found, False
         if header.chain != journal.next_chain:
             return header, Found.REMNANT, False
-        if not header.body_bytes:
+        if header.kind == FrameKind.PAD:
             return header, found, True
         frame = self._from(position, header.size_bytes)
         return header, found, check_body(header, frame[FRAME_HEADER_BYTES : FRAME_HEADER_BYTES + header.body_bytes])

@@ -337,6 +337,22 @@ def test_bodies_are_shown_in_order_and_once() -> None:
     assert [number for number, _ in seen] == rig.numbers()
 
 
+def test_notes_are_shown_although_they_have_no_body() -> None:
+    """What a secondary promised stands in the header of a note: it must learn of it after a restart (rule 14)."""
+    rig = Rig()
+    rig.append(1)
+    rig.note(5)
+    rig.sync()
+    seen: list[tuple[int, int]] = []
+
+    def check(header: FrameHeader, body: memoryview) -> bool:
+        seen.append((header.kind, header.first))
+        return good_body(header, body)
+
+    recover(rig.disk.read, check, IDENTITY)
+    assert seen == [(FrameKind.RECORD, 1), (FrameKind.NOTE, 5)]
+
+
 def test_the_ring_is_read_in_large_pieces() -> None:
     rig = Rig(4 << 20)
     for number in range(1, 500):
