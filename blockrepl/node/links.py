@@ -55,7 +55,7 @@ class Connection:
         self._owner = owner
         self._queue: list[Buffer] = []
         self._chunks: list[Chunk] = []
-        self.stream = Stream(sock, self, owner.pool)
+        self.stream: Stream = owner.make_stream(sock, self, owner.pool)
 
     def received(self, chunk: Chunk, start: int, end: int) -> tuple[int, int]:
         """The hot loop of a node: parse every complete message."""
@@ -141,9 +141,10 @@ class LinkTable:
     def __init__(self, pool: ChunkPool) -> None:
         self.pool = pool
         self.router: Router
+        self.make_stream: Callable[[Any, Any, ChunkPool], Any] = Stream  # the simulator has its own
         self._connections: dict[int, Connection] = {}
         self._next = 1
-        self._touched: set[Connection] = set()
+        self._touched: dict[Connection, None] = {}  # in order: a run of the simulator can be repeated
 
     def add(self, sock: socket.socket, *, greeted: bool) -> Connection:
         """Take over a connected socket."""
@@ -165,7 +166,7 @@ class LinkTable:
                 chunk.release()
             return
         connection.queue(buffers, chunk)
-        self._touched.add(connection)
+        self._touched[connection] = None
 
     def close(self, link: int, reason: str, last_words: bytes = b"") -> None:
         """See `ports.Links`."""
@@ -191,7 +192,7 @@ class LinkTable:
     def settle(self) -> None:
         """See `ports.Links`."""
         while self._touched:
-            self._touched.pop().push()
+            self._touched.popitem()[0].push()
 
     def break_off(self, connection: Connection, error: BlockreplError) -> None:
         """The peer broke the protocol: say so, close."""
@@ -210,7 +211,7 @@ class LinkTable:
 
     def _forget(self, connection: Connection) -> None:
         self._connections.pop(connection.number, None)
-        self._touched.discard(connection)
+        self._touched.pop(connection, None)
         connection.drop()
 
     def close_all(self) -> None:
