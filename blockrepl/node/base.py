@@ -52,7 +52,7 @@ def max_write_bytes(definition: Definition) -> int:
 class NodeBase(ABC):
     """One node: built by its class's ``__init__`` on the running loop, then `start`, and `stop` at the end."""
 
-    tick_s = 0.02
+    tick_s = 0.05
 
     def __init__(self, definition: Definition, node: Node) -> None:
         self.definition = definition

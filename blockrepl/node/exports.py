@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blockrepl.block import Volume
 from blockrepl.chunks import ChunkPool
 from blockrepl.definition import Definition, Node
 from blockrepl.errors import UsageError
-from blockrepl.frontends.loop.frontend import LoopFrontend
 from blockrepl.frontends.nbd.server import NbdServer
+
+if TYPE_CHECKING:
+    from blockrepl.frontends.loop.frontend import LoopFrontend
 
 
 class Exports:
@@ -21,7 +23,7 @@ class Exports:
         self._definition = definition
         self._node = node
         self._nbd = NbdServer(lambda: self._with("nbd"), pool)
-        self._loop = LoopFrontend(lambda: self._with("loop"), node.directory)
+        self._loop: LoopFrontend | None = None
         self._listening = False
 
     def _with(self, frontend: str) -> dict[str, Volume]:
@@ -42,14 +44,23 @@ class Exports:
         name = self._serving(args)
         if "loop" not in self._definition.volume(name).frontends:
             raise UsageError(f"{name} has no loop front end", hint='add "loop" to its frontends in the definition')
+        if self._loop is None:  # its modules take longer to load than all others together
+            from blockrepl.frontends.loop.frontend import LoopFrontend
+
+            self._loop = LoopFrontend(lambda: self._with("loop"), self._node.directory)
         return {"device": await self._loop.attach(name, read_only=bool(args.get("read_only")))}
 
     async def detach(self, args: dict[str, Any], progress: Any) -> dict[str, Any]:
         """Control command "detach"."""
         name = str(args.get("volume"))
-        device = self._loop.attached().get(name)
+        if self._loop is None or name not in self._attached():
+            raise UsageError(f"{name} is not attached here", hint="see: blockrepl status")
+        device = self._attached()[name]
         await self._loop.detach(name)
         return {"device": device}
+
+    def _attached(self) -> dict[str, str]:
+        return self._loop.attached() if self._loop is not None else {}
 
     def _serving(self, args: dict[str, Any]) -> str:
         name = str(args.get("volume"))
@@ -64,7 +75,7 @@ class Exports:
         has_nbd = active and nbd is not None and "nbd" in self._definition.volume(name).frontends
         return {
             "active": active,
-            "attached": self._loop.attached().get(name),
+            "attached": self._attached().get(name),
             "nbd": f"nbd://{nbd}/{name}" if has_nbd else None,
         }
 
@@ -77,4 +88,4 @@ class Exports:
 
     async def close(self) -> None:
         """Undo loop devices, end NBD sessions."""
-        await asyncio.gather(self._loop.close(), self._nbd.close())
+        await asyncio.gather(self._nbd.close(), *([self._loop.close()] if self._loop is not None else []))

@@ -23,6 +23,7 @@ from blockrepl.storage.journal_file import JournalFile
 
 CACHE_BYTES = 48 << 20  # newest records kept in memory for the secondaries; older ones are read from the ring
 REPLAY_QUEUE_BYTES = 8 << 20  # a replay pauses while the primary has this much to read
+INFINITY = float("inf")
 TRIM_SHARE = 16  # the superblock is written when this part of the ring can go, or once a second
 
 
@@ -70,6 +71,7 @@ class IntermediateHost(Host):
         self._dirty = False
         self._replays: dict[int, ReplayJob] = {}
         self._trim_s = 0.0
+        self.on_round_due: Callable[[float], None] = lambda _due_s: None  # the owner calls `round` then
         self._reserve_bytes = journal.journal.ring_bytes // 4  # for PADs, and so that credit is never overdrawn
         journal.on_durable = self._durable
         journal.on_failed = self._failed
@@ -91,6 +93,11 @@ class IntermediateHost(Host):
         self._maybe_trim(now_s)
         self.settle()
 
+    def round(self) -> None:
+        """A prepare round is due."""
+        self.perform(self.role.round(self.clock.now_s()))
+        self.settle()
+
     def lost(self, link: int) -> None:
         """A link is gone."""
         self._replays.pop(link, None)
@@ -101,6 +108,9 @@ class IntermediateHost(Host):
             self._dirty = False
             self._guarded(self.journal.commit)
         super().settle()
+        due_s = self.role.due_s()
+        if due_s != INFINITY:
+            self.on_round_due(due_s)
 
     def _guarded(self, call: Callable[[], Any]) -> None:
         """A journal that failed has told `_failed`; what comes later is dropped (rule 11)."""

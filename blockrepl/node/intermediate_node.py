@@ -29,12 +29,12 @@ from blockrepl.storage.journal_file import JournalFile
 class IntermediateNode(NodeBase):
     """Numbers, journals, sends on."""
 
-    tick_s = 0.01
-
     def __init__(self, definition: Definition, node: Node, *, alone: bool) -> None:
         super().__init__(definition, node)
         self.links.router = self
         self.host = self._recover(alone)
+        self.host.on_round_due = self._arm
+        self._round_timer: asyncio.TimerHandle | None = None
         self._listener = Listener(self.links)
         self._diallers: list[Dialler] = []
         self._lags = {each.id: LagMeter() for each in definition.secondaries}
@@ -92,6 +92,8 @@ class IntermediateNode(NodeBase):
 
     async def close(self) -> None:
         self._listener.close()
+        if self._round_timer is not None:
+            self._round_timer.cancel()
         await asyncio.gather(*(dialler.close() for dialler in self._diallers))
 
     def tick(self) -> None:
@@ -99,6 +101,16 @@ class IntermediateNode(NodeBase):
         now_s = self.clock.now_s()
         for stream in self.host.role.streams.by_node.values():
             self._lags[stream.node].sample(stream.last, stream.total_writes, stream.total_bytes, now_s)
+
+    def _arm(self, due_s: float) -> None:
+        """A prepare round is due at ``due_s``: wake up for it."""
+        if self._round_timer is None:
+            delay_s = max(0.0, due_s - self.clock.now_s())
+            self._round_timer = self.loop.call_later(delay_s, self._round)
+
+    def _round(self) -> None:
+        self._round_timer = None
+        self.host.round()
 
     # links
 

@@ -32,8 +32,6 @@ PAIR_STATES = {Phase.ACTIVE: "SSWS", Phase.FOLLOWING: "PAIR"}
 class SecondaryNode(NodeBase):
     """Keeps S-VOLs; after a takeover serves them."""
 
-    tick_s = 0.01
-
     def __init__(self, definition: Definition, node: Node) -> None:
         super().__init__(definition, node)
         self.links.router = self

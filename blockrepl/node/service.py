@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 
@@ -10,9 +11,6 @@ import uvloop
 
 from blockrepl.definition import Definition
 from blockrepl.node.base import NodeBase
-from blockrepl.node.intermediate_node import IntermediateNode
-from blockrepl.node.primary_node import PrimaryNode
-from blockrepl.node.secondary_node import SecondaryNode
 
 log = logging.getLogger("blockrepl.node")
 
@@ -20,10 +18,17 @@ log = logging.getLogger("blockrepl.node")
 def make_node(definition: Definition, name: str, *, alone: bool) -> NodeBase:
     """The node called ``name``, its files opened and recovered. Raises BlockreplError."""
     node = definition.node(name)
+    # Each role's modules are loaded by the nodes of that role only: a restart is a recovery, and that counts.
     if node.role == "primary":
+        from blockrepl.node.primary_node import PrimaryNode
+
         return PrimaryNode(definition, node)
     if node.role == "intermediate":
+        from blockrepl.node.intermediate_node import IntermediateNode
+
         return IntermediateNode(definition, node, alone=alone)
+    from blockrepl.node.secondary_node import SecondaryNode
+
     return SecondaryNode(definition, node)
 
 
@@ -45,4 +50,8 @@ async def serve(definition: Definition, name: str, *, alone: bool = False) -> No
 
 def run(definition: Definition, name: str, *, alone: bool = False) -> None:
     """As `serve`, on a loop of its own."""
+    # Batches, views and actions come and go by reference counts; the collector has nothing to find among them.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
     uvloop.run(serve(definition, name, alone=alone))

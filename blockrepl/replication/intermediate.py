@@ -31,6 +31,8 @@ from blockrepl.replication.opening import Opening, Phase
 from blockrepl.replication.policy import Policy
 from blockrepl.replication.streams import Streams
 
+ROUNDS_IN = frozenset({Phase.SERVING, Phase.FROZEN})
+
 
 class Intermediate:
     """The intermediate of a group.
@@ -363,7 +365,9 @@ class Intermediate:
         if kind == Message.PREPARED:
             if link not in self.streams.by_link:
                 return []
-            actions = self.streams.prepared(link, fields["number"], fields["applied"], fields["credit"])
+            actions = self.streams.prepared(
+                link, fields["number"], fields["applied"], fields["credit"], self.durable_number
+            )
             return actions + self._rounds(now_s) + self.opening.drained(now_s)
         if kind in (Message.PROMISED, Message.STORED):
             return self.opening.answered(node, link, kind, fields, now_s)
@@ -383,7 +387,7 @@ class Intermediate:
         return self.streams.pump(stream)
 
     def _rounds(self, now_s: float) -> list[Action]:
-        if self.opening.phase in (Phase.SERVING, Phase.FROZEN):
+        if self.opening.phase in ROUNDS_IN:
             return self.streams.tick(self.durable_number, now_s)
         return []
 
@@ -424,8 +428,14 @@ class Intermediate:
         self.opening.fail(reason)
         return [Event(f"stopped: {reason}"), *self.dismiss_primaries(Refusal.STATE, reason)]
 
+    def round(self, now_s: float) -> list[Action]:
+        """Called at `due_s`: open a prepare round."""
+        return self._rounds(now_s)
+
     def due_s(self) -> float:
         """When the next prepare round is due, for the host's timer."""
+        if self.opening.phase not in ROUNDS_IN:
+            return float("inf")
         return self.streams.due_s(self.durable_number)
 
     def tick(self, now_s: float, boot_ns: int) -> list[Action]:

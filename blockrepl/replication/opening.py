@@ -156,7 +156,7 @@ class Opening:
             return [Event(f"secondary {node} is in epoch {epoch}, not in ours: it gets nothing")]
         streams, report = self._owner.streams, self._reports[node]
         streams.attach(node, report["link"], report["credit"], report["through"], report["prepared"])
-        return streams.validate() + streams.pump(streams.by_node[node])
+        return streams.resume(streams.by_node[node])
 
     def _consider(self, now_s: float) -> list[Action]:
         """In STARTING: serve when all agree, open an epoch when they do not."""

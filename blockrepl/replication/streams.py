@@ -142,7 +142,7 @@ class Streams:
         self._bytes_since_round = 0
         self.rounds_number = durable
         self._rounds.append(Round(durable, {node: stream.durable for node, stream in self.by_node.items()}))
-        actions: list[Action] = []
+        actions = self._tell_validated()
         for stream in self.by_node.values():
             actions += self._ask(stream)
         return actions
@@ -170,8 +170,12 @@ class Streams:
             actions.append(Send(stream.link, [message]))
         return actions
 
-    def prepared(self, link: int, number: int, applied: int, credit: int) -> list[Action]:
-        """A secondary holds everything of its own up to ``number``, durably, with the note of it."""
+    def prepared(self, link: int, number: int, applied: int, credit: int, durable: int) -> list[Action]:
+        """A secondary holds everything of its own up to ``number``, durably, with the note of it.
+
+        While more is ``durable`` than the last round asked about, VALIDATE goes out with the next PREPARE: half the
+        wake-ups of every secondary.
+        """
         stream = self.by_link[link]
         if number > stream.asked_through:
             raise ProtocolError(f"PREPARED {number} was not asked for")
@@ -180,13 +184,26 @@ class Streams:
         stream.credit = max(stream.credit, credit)
         while stream.asked and stream.asked[0] <= number:
             stream.asked.popleft()
-        return self.validate() + self.pump(stream)
+        if self.due_s(durable) == float("inf"):
+            return self.validate() + self.pump(stream)
+        self._raise_validated()
+        return self.pump(stream)
+
+    def resume(self, stream: Stream) -> list[Action]:
+        """A secondary has come (back): what it is to hear and to get."""
+        return self.validate() + self._ask(stream) + self.pump(stream)
 
     def validate(self) -> list[Action]:
         """Raise the validated number to the valid counter, and tell every secondary that does not know it."""
+        self._raise_validated()
+        return self._tell_validated()
+
+    def _raise_validated(self) -> None:
         self.validated = max(self.validated, self.valid_counter)
         while self._rounds and self._rounds[0].number <= self.validated:
             self._rounds.popleft()
+
+    def _tell_validated(self) -> list[Action]:
         actions: list[Action] = []
         for stream in self.by_node.values():
             if stream.ready and stream.validated < self.validated <= stream.prepared:
