@@ -1,0 +1,102 @@
+"""Programs run to their end, or in the background."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from scripts.demolib.errors import DemoError
+
+TIMEOUT_S = 180.0  # for a slow machine; nothing here takes seconds on a quick one
+_SBIN = ("/usr/sbin", "/sbin")
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Ours, with the places of mkfs and mount."""
+    places = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    path = os.pathsep.join([*places, *(place for place in _SBIN if place not in places)])
+    return {**os.environ, "PATH": path, **more}
+
+
+def run(argv: Sequence[str], *, env: dict[str, str] | None = None, ok: Sequence[int] = (0,)) -> str:
+    """Run a program to its end; returns stdout. Raises DemoError with what it said when it ends otherwise."""
+    done = attempt(argv, env=env)
+    if done.returncode not in ok:
+        words = (done.stderr.strip() or done.stdout.strip() or "it says nothing")[-2000:]
+        raise DemoError(f"{shlex.join(argv)} ended with {done.returncode}:\n{words}")
+    return done.stdout
+
+
+def attempt(argv: Sequence[str], *, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end, whatever that is. Raises DemoError when it is not there or does not end."""
+    try:
+        return subprocess.run(
+            argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False,
+            timeout=TIMEOUT_S, env=env or environment(), start_new_session=True,
+        )  # fmt: skip
+    except FileNotFoundError:
+        raise DemoError(f"{argv[0]} is not installed: scripts/setup --debian", 5) from None
+    except subprocess.TimeoutExpired:
+        raise DemoError(f"{shlex.join(argv)} does not end within {TIMEOUT_S:g} s", 6) from None
+
+
+class Background:
+    """A process beside us, in a session of its own: Ctrl-C reaches us first, and we end it."""
+
+    def __init__(self, argv: Sequence[str], log: Path, *, env: dict[str, str] | None = None) -> None:
+        self.argv = argv
+        self.log = log
+        with log.open("ab") as sink:
+            self.process = subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, env=env or environment(),
+                start_new_session=True,
+            )  # fmt: skip
+
+    def ended(self) -> bool:
+        """Whether it is over."""
+        return self.process.poll() is not None
+
+    def words(self) -> str:
+        """The end of what it said."""
+        return self.log.read_text(errors="replace").strip()[-1000:]
+
+    def kill(self) -> None:
+        """kill -9, its children too."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(TIMEOUT_S)
+
+    def finish(self, timeout_s: float) -> None:
+        """Wait for its end; kill it when that does not come."""
+        try:
+            self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+
+def interrupt_on_termination() -> None:
+    """SIGTERM and SIGHUP unwind like Ctrl-C, so that everything is stopped and removed."""
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Within: a second Ctrl-C does not stop the tidying up."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
