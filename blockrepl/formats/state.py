@@ -16,6 +16,7 @@ from blockrepl.errors import DamagedError
 from blockrepl.formats.link import NO_EPOCH, Epoch, epoch_id
 
 STATE_VERSION = 1
+HISTORY_MAX = 64  # openings remembered; older ones explain nothing any more
 
 _history = PrefixedArray(Int16ub, Struct("epoch" / epoch_id, "last" / Int64ub))
 _primary = Struct(
@@ -121,7 +122,8 @@ def _build(layout: Construct, state: Any) -> bytes:
     for name in ("epoch", "promised"):
         values[name] = getattr(state, name)._asdict()
     if "history" in values:
-        values["history"] = [{"epoch": epoch._asdict(), "last": last} for epoch, last in state.history]
+        newest = state.history[-HISTORY_MAX:]
+        values["history"] = [{"epoch": epoch._asdict(), "last": last} for epoch, last in newest]
     if "streams" in values:
         values["streams"] = [{"node": node, "last": last} for node, last in state.streams]
     built: bytes = layout.build(values)
