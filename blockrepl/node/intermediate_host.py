@@ -202,7 +202,8 @@ class IntermediateHost(Host):
         self.settle()
 
     def _tell_room(self) -> None:
-        free = self.journal.journal.free_bytes - self._reserve_bytes
+        waiting = sum(frame_bytes(action.head.size_bytes) for action in self._unfit)
+        free = self.journal.journal.free_bytes - self._reserve_bytes - waiting
         self.perform(self.role.ring(max(0, free)))
 
     # hop 2

@@ -84,11 +84,14 @@ class Senders:
             sender.link, sender.hello, sender.live = 0, None, False
             sender.credit = sender.credit_used = 0
 
-    def grant(self, sender: Sender) -> bool:
-        """Raise the credit of one primary when half its window is used up; True when it rose by much."""
+    def grant(self, sender: Sender, *, whole: bool = False) -> bool:
+        """Raise the credit of one primary when half its window is used up; True when it rose by much.
+
+        With ``whole`` also when it is not: one record may need more than the half that is left.
+        """
         window = min(self._window_bytes, self.free_bytes // (2 * len(self.by_node)))
         unused = sender.credit - sender.credit_used
-        if unused * 2 > window:
+        if unused * 2 > window and not whole:
             return False
         outstanding = sum(other.credit - other.credit_used for other in self.by_link.values())
         rise = min(window - unused, self.free_bytes - outstanding)

@@ -229,13 +229,15 @@ class Intermediate:
         if stream is None:
             raise ProtocolError(f"node {head.stream} is no secondary of this group")
         if self.opening.phase is not Phase.SERVING:
-            return []
+            # It would never be sent again on this link. The next one is welcomed when production goes on.
+            return [Close(link, f"nothing is numbered now: {self.opening.reason or self.opening.phase.value}")]
         if head.batch <= sender.batch:
             return self._acknowledge(sender)  # from the durable watermark only
         if head.batch != sender.batch + 1:
             raise SequenceGapError(f"batch {head.batch} after {sender.batch}")
         size = end - start
         sender.credit_used += frame_bytes(size)
+        self.senders.free_bytes -= frame_bytes(size)  # until `ring` says how it really is
         if sender.credit_used > sender.credit:
             raise ProtocolError("batch beyond the credit")
         head.epoch, head.first, head.previous, head.time_ns = (
@@ -272,7 +274,7 @@ class Intermediate:
             if sender.hello is not None:
                 actions += self._welcome(sender)
         for stream_node in fed:
-            actions += streams.feed(stream_node)
+            actions += streams.pump(streams.by_node[stream_node])
         return actions + self._rounds(now_s) + self.opening.drained(now_s)
 
     def _acknowledge(self, sender: Sender) -> list[Action]:
@@ -298,7 +300,8 @@ class Intermediate:
     def releasable(self) -> int:
         """Every record up to it may leave the journal (rule 12)."""
         number = self.senders.releasable
-        return self.streams.validated if number is None else min(number, self.streams.validated)
+        validated = min(self.streams.validated, self.streams.valid_counter)
+        return validated if number is None else min(number, validated)
 
     # hop 2
 
@@ -425,6 +428,8 @@ class Intermediate:
 
     def fail(self, reason: str) -> list[Action]:
         """Stop for good: a disk error, or a history that does not fit. Nothing is numbered or acknowledged any more."""
+        if self.opening.phase is Phase.FAILED:
+            return []
         self.opening.fail(reason)
         return [Event(f"stopped: {reason}"), *self.dismiss_primaries(Refusal.STATE, reason)]
 
@@ -458,7 +463,7 @@ class Intermediate:
         for sender in self.senders.by_node.values():
             if sender.link:
                 if sender.live:
-                    self.senders.grant(sender)
+                    self.senders.grant(sender, whole=True)
                 actions.append(Send(sender.link, [self._beat(boot_ns, sender.stamp_ns, sender.credit)]))
         for link in self._hello_links:
             if link not in self._nonces:

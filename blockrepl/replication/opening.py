@@ -126,7 +126,7 @@ class Opening:
         return []
 
     def _fence(self, epoch: Epoch) -> list[Action]:
-        if self.phase is Phase.FENCED:
+        if self.phase in (Phase.FENCED, Phase.FAILED):
             return []
         owner = self._owner
         self.machine.go("fence")
