@@ -172,7 +172,7 @@ class PrimaryNode(NodeBase):
                 raise TimeoutExpiredError(f"{name}: no answer from the secondary for {VERIFY_SILENCE_S} s")
             for future in done:
                 fields = future.result()
-                if fields.get("aborted"):
+                if fields.get("aborted") or not fields["blocks"]:
                     raise UsageError("the link to the intermediate broke", hint="see `status`, then verify again")
                 blocks += fields["blocks"]
                 different += fields["different"]

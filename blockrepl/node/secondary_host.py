@@ -10,19 +10,12 @@ from typing import Any
 from blockrepl.chunks import Chunk
 from blockrepl.errors import StorageError
 from blockrepl.formats.journal import FRAME_HEADER_BYTES, RING_OFFSET, FrameKind
-from blockrepl.formats.record import (
-    RecordHead,
-    RecordKind,
-    check_record,
-    decode_record,
-    frame_bytes,
-    iterate_entries,
-)
+from blockrepl.formats.record import OP_DIGEST, RecordHead, check_record, decode_record, frame_bytes, iterate_entries
 from blockrepl.formats.state import encode_secondary
 from blockrepl.node.digests import digest_range
 from blockrepl.node.host import Host
 from blockrepl.node.ports import Clock, Disk, Image, Links, Log, Workers
-from blockrepl.node.store import store_record
+from blockrepl.node.store import store_entry
 from blockrepl.replication.actions import (
     Append,
     AppendNote,
@@ -40,7 +33,6 @@ CACHE_BYTES = 48 << 20  # records kept in memory until they are applied; the res
 SLICE_BYTES = 8 << 20  # what is applied before the loop gets its turn
 COMMIT_BYTES = 16 << 20  # synced early when no PREPARE asks for it
 TRIM_SHARE = 16
-_DIGEST = int(RecordKind.DIGEST)
 
 
 @dataclass(slots=True)
@@ -77,6 +69,8 @@ class SecondaryHost(Host):
         self.on_active: Callable[[], None] = lambda: None
         self._active_told = False
         self._held: deque[Held] = deque(Held(head, None, None, offset) for head, offset in held)
+        # Redoing these, the S-VOLs may hold later ones already: they are at one number again at the end of them.
+        self._redone_through = held[-1][0].last if held else 0
         self._cached_bytes = 0
         self._target = 0
         self._applying = False
@@ -322,10 +316,15 @@ class SecondaryHost(Host):
 
     def _store(self, head: RecordHead, record: memoryview) -> bool:
         try:
-            if head.kind == _DIGEST:
-                self._compare(head, record)
-            else:
-                self._dirty |= store_record(self.images, head, record)
+            for volume, op, flags, offset, length, payload in iterate_entries(head, record):
+                image = self.images.get(volume)
+                if image is None:
+                    raise OSError(f"record {head.first} is for volume {volume}, which is not here")
+                if op == OP_DIGEST:
+                    self._compare(head, record)
+                    return True
+                store_entry(image, op, flags, offset, length, payload)
+                self._dirty.add(volume)
         except OSError as error:
             self._fail(f"cannot store record {head.first}: {error}")
             return False
@@ -336,10 +335,13 @@ class SecondaryHost(Host):
         entries = list(iterate_entries(head, record))
         volume, _, _, start, block_bytes, _ = entries[0]
         length = sum(entry[4] for entry in entries)
-        ours = digest_range(self.images[volume], start, length, block_bytes)
-        different = [
-            entry[3] for entry, own in zip(entries, ours, strict=True) if entry[5] is None or bytes(entry[5]) != own
-        ]
+        if head.last <= self._redone_through:
+            entries, different = [], []
+        else:
+            ours = digest_range(self.images[volume], start, length, block_bytes)
+            different = [
+                entry[3] for entry, own in zip(entries, ours, strict=True) if entry[5] is None or bytes(entry[5]) != own
+            ]
         fields = {
             "number": head.last, "sender": head.sender, "volume": volume, "offset_bytes": start,
             "length_bytes": length, "blocks": len(entries), "different": different,

@@ -134,8 +134,10 @@ class Secondary:
             self.state.prepared = max(self.state.prepared, number)
 
     def start(self) -> list[Action]:
-        """The journal is recovered and synced: finish what a takeover had begun here."""
-        return self._roll_forward() if self.phase is Phase.STORING else []
+        """The journal is recovered and synced: finish what a takeover had begun here, or apply what is validated."""
+        if self.phase is Phase.STORING:
+            return self._roll_forward()
+        return [Apply(self.validated)] if self.validated > self.applied else []
 
     @property
     def phase(self) -> Phase:
@@ -256,6 +258,8 @@ class Secondary:
 
     def received_message(self, link: int, kind: int, fields: dict[str, Any], epoch: int, now_s: float) -> list[Action]:
         """A control message on any link. Raises ProtocolError: the host closes the link and calls `lost`."""
+        if self.phase is Phase.FAILED:
+            return [Close(link, self.reason)]
         if kind == Message.PROMISE:
             return self._promise(link, fields, now_s)
         if kind == Message.STORE:
@@ -399,13 +403,17 @@ class Secondary:
             state.prepared = number
             self.received = state.held = self._last_kept
             self.machine.go("store")
-            return self._roll_forward()
+            closed: list[Action] = []
+            if self.link and self.link != link:  # what we told the intermediate on it is no longer so
+                closed.append(Close(self.link, f"rolled to {number} by a takeover"))
+                self.link = 0
+            return closed + self._roll_forward()
 
         return [self._truncate(number, counted, dry_run=True)]
 
     def _adopt_epoch(self, link: int, fields: dict[str, Any], last: int) -> None:
         state = self.state
-        if state.epoch.number:
+        if state.epoch.number and state.epoch != fields["epoch"]:
             state.history.append((state.epoch, last))
         state.epoch = fields["epoch"]
         state.number, state.members, state.rolling = fields["number"], fields["members"], fields["truncate"]

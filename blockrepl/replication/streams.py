@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from blockrepl.errors import ProtocolError
 from blockrepl.formats.link import Message, encode
 from blockrepl.replication.actions import Action, Send, Transmit
-from blockrepl.replication.policy import HELPING_BYTES, MAX_OPEN_ROUNDS
+from blockrepl.replication.policy import MAX_OPEN_ROUNDS
 
 
 @dataclass(slots=True)
@@ -35,7 +35,6 @@ class Stream:
     ready: bool = False  # greeted, and in our epoch
     credit: int = 0
     credit_used: int = 0
-    waiting_bytes: int = 0  # durable and not handed to the link yet
     total_writes: int = 0  # numbered since the start, for the lag
     total_bytes: int = 0
     busy: bool = False  # a Transmit is being performed
@@ -62,6 +61,7 @@ class Streams:
         self.by_link: dict[int, Stream] = {}
         self.epoch = epoch
         self.validated = 0
+        self.confirmed = 0  # the highest valid counter of this process: nobody can hold less than it
         self._round_s = round_s
         self._round_bytes = round_bytes
         self._rounds: deque[Round] = deque()
@@ -84,8 +84,8 @@ class Streams:
     def attach(self, node: int, link: int, credit: int, held: int, prepared: int) -> None:
         """A secondary greeted in our epoch; what it holds is taken from what it says. Raises ProtocolError."""
         stream = self.by_node[node]
-        if prepared < max(stream.prepared, self.validated):
-            known = max(stream.prepared, self.validated)
+        known = max(stream.prepared, self.confirmed)
+        if max(prepared, held) < known:
             raise ProtocolError(f"secondary {node} has prepared {prepared} only, but had said {known}: it lost data")
         stream.link, stream.ready = link, True
         stream.credit, stream.credit_used = credit, 0
@@ -121,8 +121,6 @@ class Streams:
             return []
         stream.busy = False
         progress = last > stream.sent
-        if last >= stream.durable:
-            stream.waiting_bytes = 0
         stream.sent = max(stream.sent, last)
         stream.credit_used += frame_bytes
         actions = self._ask(stream)
@@ -130,19 +128,8 @@ class Streams:
 
     def durable(self, node: int, number: int, size_bytes: int) -> None:
         """A record of this stream became durable."""
-        stream = self.by_node[node]
-        stream.durable = number
-        stream.waiting_bytes += size_bytes
+        self.by_node[node].durable = number
         self._bytes_since_round += size_bytes
-
-    def feed(self, node: int) -> list[Action]:
-        """Records of a stream became durable: send them, if they are a helping; else they go with the next round.
-
-        A takeover without the intermediate lands on a round, so a record that travels before its round gains nothing,
-        and each journey wakes two processes.
-        """
-        stream = self.by_node[node]
-        return self.pump(stream) if stream.waiting_bytes >= HELPING_BYTES else []
 
     # rounds
 
@@ -158,7 +145,7 @@ class Streams:
         self._rounds.append(Round(durable, {node: stream.durable for node, stream in self.by_node.items()}))
         actions = self._tell_validated()
         for stream in self.by_node.values():
-            actions += self.pump(stream) + self._ask(stream)
+            actions += self._ask(stream)
         return actions
 
     def due_s(self, durable: int) -> float:
@@ -213,8 +200,10 @@ class Streams:
         return self._tell_validated()
 
     def _raise_validated(self) -> None:
-        self.validated = max(self.validated, self.valid_counter)
-        while self._rounds and self._rounds[0].number <= self.validated:
+        counter = self.valid_counter
+        self.confirmed = max(self.confirmed, counter)
+        self.validated = max(self.validated, counter)
+        while self._rounds and self._rounds[0].number <= counter:
             self._rounds.popleft()
 
     def _tell_validated(self) -> list[Action]:
@@ -231,7 +220,7 @@ class Streams:
         """An epoch opens: sent and prepared are taken anew from what each secondary reports (rule 23)."""
         self.epoch = epoch
         self._rounds.clear()
-        self.rounds_number = self.validated
+        self.rounds_number = 0  # who rolled forward in a takeover may know of a higher one than another has noted
         for stream in self.by_node.values():
             stream.sent = stream.prepared = stream.asked_through = 0
             stream.asked.clear()

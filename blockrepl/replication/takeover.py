@@ -250,7 +250,8 @@ class Takeover:
             report.lost_writes = max(0, max(answer["numbered"] for answer in answers.values()) - report.number)
         self.machine.go("store")
         self._deadline_s = now_s + self._patience_s * 4
-        targets = [node for node, answer in answers.items() if not (answer["active"] or self._has_stored(answer))]
+        # Those that have stored it already too: they promised us since, and must come to its number again.
+        targets = [node for node, answer in answers.items() if not answer["active"]]
         if report.dry_run and report.drained:  # a real one would bring them all up to what the intermediate holds
             report.number, targets = max(report.number, self._drained_at), []
         self._answers = {node: answer for node, answer in answers.items() if node not in targets}
@@ -261,9 +262,6 @@ class Takeover:
             members=report.members, dry_run=report.dry_run,
         )  # fmt: skip
         return [Event(f"rolling all secondaries to {report.number}"), *self._to(targets, message)]
-
-    def _has_stored(self, answer: dict[str, Any]) -> bool:
-        return bool(answer["stored"] == self._store_epoch)
 
     def _adopt(self, active: list[dict[str, Any]]) -> str:
         """Some secondary is active: finish that takeover, with its epoch and number."""
