@@ -1,0 +1,361 @@
+"""One run: a group, its hosts, an operator, and a schedule of faults, all from one seed."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from unittest import mock
+
+from blockrepl.replication.opening import Phase as OpeningPhase
+from blockrepl.replication.policy import Policy
+from blockrepl.replication.secondary import Phase as SecondaryPhase
+from blockrepl.replication.takeover import Phase as TakeoverPhase
+from blockrepl.replication.takeover import Takeover
+from tests.sim.hosts import Hosts
+from tests.sim.network import Network
+from tests.sim.oracle import Oracle
+from tests.sim.process import (
+    BLOCK,
+    IntermediateProcess,
+    Layout,
+    PrimaryProcess,
+    Process,
+    SecondaryProcess,
+)
+from tests.sim.world import Violation, World
+
+LINKS = [("p1", "i"), ("p2", "i"), ("i", "s1"), ("i", "s2"), ("s1", "s2")]
+SITES = {"primary": ["p1", "p2"], "intermediate": ["i"], "secondary": ["s1", "s2"]}
+HEALED_S = 40.0  # the time that a healed group has to come to rest
+
+
+@dataclass
+class Options:
+    """What a run is to be; drawn from the seed where None."""
+
+    seconds: float = 8.0
+    threads: int | None = None
+    volumes: int | None = None
+    ring_bytes: int | None = None
+    story: str | None = None  # "production", "attempts", "disaster"
+    fault_every_s: float | None = None
+    faults: tuple[str, ...] | None = None
+
+
+@dataclass
+class Result:
+    """What a run did."""
+
+    seed: int
+    story: str = ""
+    steps: int = 0
+    records: int = 0
+    completions: int = 0
+    errors: int = 0
+    digests: int = 0
+    faults: int = 0
+    trials: int = 0
+    taken_over: bool = False
+    odd: dict[str, int] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def small(ring_bytes: int, cache_bytes: int) -> Iterator[None]:
+    """The constants of the hosts, small enough that a run of seconds meets every limit."""
+    hosts = "blockrepl.node"
+    patches = {
+        "blockrepl.storage.journal.RING_MIN_BYTES": 1 << 16,
+        f"{hosts}.intermediate_host.CACHE_BYTES": cache_bytes,
+        f"{hosts}.intermediate_host.TRANSMIT_BYTES": 24 << 10,
+        f"{hosts}.intermediate_host.REPLAY_QUEUE_BYTES": 24 << 10,
+        f"{hosts}.secondary_host.CACHE_BYTES": cache_bytes,
+        f"{hosts}.secondary_host.SLICE_BYTES": 8 << 10,
+        f"{hosts}.secondary_host.COMMIT_BYTES": 48 << 10,
+    }
+    log = logging.getLogger("blockrepl.node.links")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    with contextlib.ExitStack() as stack:
+        for name, value in patches.items():
+            stack.enter_context(mock.patch(name, value))
+        try:
+            yield
+        finally:
+            log.setLevel(level)
+
+
+class Group:
+    """Two primaries, an intermediate, two secondaries, on a machine each."""
+
+    def __init__(self, seed: int, options: Options | None = None) -> None:
+        self.options = options = options or Options()
+        self.world = world = World(seed)
+        random = self.random = world.random
+        self.network = Network(world)
+        self.network.duplicate = random.choice([0, 0, 0.01])
+        ring = options.ring_bytes or random.choice([128 << 10, 256 << 10, 1 << 20])
+        self.cache_bytes = random.choice([16 << 10, 64 << 10, 48 << 20])
+        self.max_blocks = min(16, ring // (16 * 4096) * 4)
+        self.layout = self._layout(options, ring)
+        self.oracle = Oracle(world, self.layout)
+        self.processes = self._processes()
+        self.story = options.story or random.choice(["production"] * 4 + ["attempts"] * 3 + ["disaster"] * 3)
+        self.may_force = random.random() < 0.3
+        self.forced = False  # a forced takeover was begun
+        self.result = Result(seed, self.story)
+        self.hosts: Hosts
+        self._since_images = 0
+        world.checks.append(self._check)
+
+    def _layout(self, options: Options, ring: int) -> Layout:
+        random = self.random
+        count = options.volumes or random.choice([2, 3])
+        owners = {1: ("p1", "s1"), 2: ("p2", "s2"), 3: random.choice([("p1", "s2"), ("p2", "s1")])}
+        size = random.choice([16, 64]) * BLOCK
+        policy = Policy(
+            heartbeat_s=0.2, link_timeout_s=1.0, hold_s=random.choice([2.0, 1000.0]), checkpoint_s=0.3,
+            checkpoint_bytes=64 << 10, round_s=random.choice([0.01, 0.05]), round_bytes=64 << 10,
+            open_backoff_s=random.choice([0.5, 1.0]), window_bytes=random.choice([64 << 10, 32 << 20]),
+            pending_bytes=128 << 10,
+        )  # fmt: skip
+        return Layout(
+            primaries={"p1": 1, "p2": 2}, intermediate=("i", 3), secondaries={"s1": 4, "s2": 5},
+            volumes={v: (*owners[v], size) for v in range(1, count + 1)},
+            ring_bytes=ring, secondary_ring_bytes=random.choice([ring, 1 << 20]), policy=policy,
+        )  # fmt: skip
+
+    def _processes(self) -> dict[str, Process]:
+        processes: dict[str, Process] = {}
+        for names, kind in (
+            (self.layout.primaries, PrimaryProcess),
+            (dict([self.layout.intermediate]), IntermediateProcess),
+            (self.layout.secondaries, SecondaryProcess),
+        ):
+            for name, number in names.items():
+                processes[name] = kind(self.world, self.network, self.layout, name, number)
+                processes[name].watcher = self.oracle
+        return processes
+
+    # the parts by name
+
+    def primary(self, name: str) -> PrimaryProcess:
+        """A primary."""
+        process = self.processes[name]
+        assert isinstance(process, PrimaryProcess)
+        return process
+
+    def secondary(self, name: str) -> SecondaryProcess:
+        """A secondary."""
+        process = self.processes[name]
+        assert isinstance(process, SecondaryProcess)
+        return process
+
+    @property
+    def intermediate(self) -> IntermediateProcess:
+        """The intermediate."""
+        process = self.processes["i"]
+        assert isinstance(process, IntermediateProcess)
+        return process
+
+    # a run
+
+    def limits(self) -> contextlib.AbstractContextManager[None]:
+        """The small limits that this group runs under."""
+        return small(self.layout.ring_bytes, self.cache_bytes)
+
+    def create(self) -> None:
+        """`create` and `up`."""
+        for process in self.processes.values():
+            process.format()
+        order = list(self.processes.values())
+        self.random.shuffle(order)
+        for process in order:
+            process.boot()
+
+    def begin_work(self, threads: int | None = None) -> None:
+        """Hosts start to write."""
+        threads = threads or self.options.threads or self.random.choice([1, 4, 12])
+        volumes = {v: self.primary(owner) for v, (owner, _, _) in self.layout.volumes.items()}
+        self.hosts = Hosts(self.world, self.oracle, volumes, threads, self.max_blocks)
+
+    def run(self) -> Result:
+        """The whole run; raises Violation, or whatever the code under test raises."""
+        from tests.sim.faults import Faults
+
+        with self.limits():
+            self.create()
+            self.begin_work()
+            faults = Faults(self)
+            self.world.run(self.options.seconds)
+            faults.stop()
+            self.rest()
+        result, oracle, world = self.result, self.oracle, self.world
+        result.steps, result.records, result.completions = world.steps, len(oracle.records), oracle.completions
+        result.errors, result.digests, result.odd = self.hosts.errors, self.hosts.digests, world.odd
+        result.taken_over = oracle.taken_over_at is not None
+        return result
+
+    # the end: everything is healed
+
+    @property
+    def active(self) -> list[SecondaryProcess]:
+        """Secondaries that have taken over."""
+        found = []
+        for name in self.layout.secondaries:
+            process = self.secondary(name)
+            if process.alive and process.host.role.phase is SecondaryPhase.ACTIVE:
+                found.append(process)
+        return found
+
+    def heal(self) -> None:
+        """Every link and machine works, every process runs and none is fail-stopped."""
+        self.network.heal_all()
+        for process in self.processes.values():
+            for file in process.machine.files.values():
+                file.fail_syncs = file.fail_writes = 0
+            process.kill_in = 0
+            if process.alive and self.stopped(process):
+                process.crash("restarted by the operator")
+            process.power_on()
+            process.boot()
+        self.oracle.excused.clear()
+
+    @staticmethod
+    def stopped(process: Process) -> bool:
+        """Fail-stopped: only a new process helps."""
+        if isinstance(process, PrimaryProcess):
+            return process.failed
+        phase = process.host.role.phase
+        return phase in (OpeningPhase.FAILED, SecondaryPhase.FAILED)
+
+    def rest(self) -> None:
+        """Heal; then without a takeover all is validated and answered, and with one all sides agree."""
+        self.world.say("", "everything is healed")
+        self.heal()
+        self.hosts.stopped = True
+        self.world.run(self.world.now_s + 0.5)
+        self.heal()
+        if self.active:
+            self._end_of_takeover()
+        else:
+            self._liveness()
+        self.oracle.check_images(self.processes)
+
+    def _liveness(self) -> None:
+        world, oracle = self.world, self.oracle
+
+        def quiet() -> bool:
+            if not self.intermediate.alive or not all(p.alive for p in self.processes.values()):
+                return False
+            role = self.intermediate.host.role
+            return bool(self.active) or (
+                role.phase is OpeningPhase.SERVING
+                and role.streams.validated == role.numbered == oracle.numbered
+                and not self.hosts.waiting
+                and all(self.primary(n).host.role.why_held() == "" for n in self.layout.primaries)
+                and all(self.secondary(n).host.role.applied == role.numbered for n in self.layout.secondaries)
+            )
+
+        if not world.run(world.now_s + HEALED_S, quiet):
+            raise Violation(f"12, liveness: {self.picture()}")
+        if self.active:
+            self._end_of_takeover()
+            return
+        for name in self.layout.secondaries:
+            for volume in self.secondary(name).volume_ids:
+                found = bytes(self.processes[name].machine.files[f"volume {volume}"].cache)
+                if found != oracle.image(volume, oracle.numbered):
+                    raise Violation(f"{name}: S-VOL {volume} at rest is not image({oracle.numbered})")
+
+    def picture(self) -> str:
+        """Where everybody is."""
+        parts = []
+        for name, process in self.processes.items():
+            if not process.alive:
+                parts.append(f"{name} is down")
+                continue
+            role = process.host.role
+            words = f"{name} {role.phase.value}"
+            if isinstance(process, IntermediateProcess):
+                streams = process.host.role.streams
+                words += f" numbered {role.numbered} durable {role.durable_number} validated {streams.validated}"
+                words += (
+                    f" {[(s.node, s.ready, s.sent, s.prepared, s.asked_through) for s in streams.by_node.values()]}"
+                )
+                words += f" {process.host.role.opening.reason} free {process.host.role.senders.free_bytes}"
+            elif isinstance(process, SecondaryProcess):
+                words += f" received {role.received} prepared {role.state.prepared} applied {role.applied}"
+            elif isinstance(process, PrimaryProcess):
+                words += f" acked {role.acked} unsent {len(role.queue.unsent)} sent {len(role.queue.sent)}"
+                words += f" credit {role._credit_used} of {role._credit} {role.why_held()}"
+            parts.append(words)
+        return "; ".join(parts)
+
+    def _end_of_takeover(self) -> None:
+        """Repeat the takeover until all members are active; the old site completes nothing more."""
+        oracle = self.oracle
+        finished: list[Takeover] = []
+        for _ in range(8):
+            finished.clear()
+            self.operate(self.random.choice(list(self.layout.secondaries)), finished.append)
+            self.world.run(self.world.now_s + 15, lambda: bool(finished))
+            if finished and finished[0].phase is TakeoverPhase.DONE:
+                break
+            if finished and "was not part of the takeover" in finished[0].problem:
+                return  # forced without one of them: it stays behind
+        else:
+            raise Violation(f"a takeover cannot be finished: {[each.problem for each in finished]} {self.picture()}")
+        numbers = {process.host.role.state.number for process in self.active}
+        if len(self.active) < len(self.layout.secondaries) or len(numbers) > 1:
+            raise Violation(f"active: {[p.name for p in self.active]} at {numbers}")
+        for process in self.active:
+            oracle.check_active(process)
+        done = oracle.completions
+        self.world.run(self.world.now_s + 5)
+        if oracle.completions != done:
+            raise Violation("the old site completes writes, and can reach the new one")
+        phase = self.intermediate.host.role.phase
+        if phase is not OpeningPhase.FENCED:
+            raise Violation(f"the intermediate is {phase.value} beside an active secondary site")
+
+    # the operator
+
+    def operate(
+        self, name: str, done: Callable[[Takeover], None] | None = None, *, dry_run: bool = False, force: bool = False
+    ) -> None:
+        """Run `takeover` at a secondary."""
+
+        def finished(role: Takeover) -> None:
+            if role.phase is TakeoverPhase.DONE:
+                self.oracle.taken_over(role, True)
+            if done is not None:
+                done(role)
+
+        process = self.secondary(name)
+        if process.alive:
+            self.forced = self.forced or force
+            self.world.enter(process, lambda: process.take_over(finished, dry_run=dry_run, force=force))
+
+    # checks
+
+    def _check(self) -> None:
+        random = self.random
+        if self.world.steps % 7 == 0:
+            self.oracle.check_watermarks(self.processes)
+        self._since_images += 1
+        if self._since_images > 400:
+            self._since_images = 0
+            self.oracle.check_images(self.processes)
+            if random.random() < 0.3:
+                self.oracle.check_on_platter(self.intermediate, self.oracle.acked)
+            if random.random() < 0.5:
+                self.trial()
+
+    def trial(self) -> None:
+        """Invariants 3 and 4: power-cut copies of the secondaries, take over there."""
+        from tests.sim.trial import trial
+
+        self.result.trials += 1
+        trial(self)

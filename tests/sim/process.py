@@ -1,0 +1,623 @@
+"""The processes of a group in the simulator: as `node.*_node`, without asyncio. They recover, dial, listen, tick."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from blockrepl.chunks import Chunk
+from blockrepl.errors import DamagedError, ProtocolError
+from blockrepl.formats.journal import FrameKind
+from blockrepl.formats.link import Message
+from blockrepl.formats.record import RecordHead, check_record, decode_record
+from blockrepl.formats.slots import SlotKind
+from blockrepl.formats.state import (
+    decode_intermediate,
+    decode_primary,
+    decode_secondary,
+    encode_intermediate,
+    encode_primary,
+)
+from blockrepl.node.host import Host
+from blockrepl.node.intermediate_host import IntermediateHost
+from blockrepl.node.primary_host import PrimaryHost, PrimaryVolume
+from blockrepl.node.secondary_host import SecondaryHost
+from blockrepl.replication.actions import Action, Close, Event, Send
+from blockrepl.replication.intermediate import Intermediate
+from blockrepl.replication.policy import Policy
+from blockrepl.replication.primary import Phase as PrimaryPhase
+from blockrepl.replication.primary import Primary
+from blockrepl.replication.secondary import Secondary
+from blockrepl.replication.takeover import OPEN, Takeover
+from blockrepl.storage.journal import Journal
+from blockrepl.storage.recovery import recover
+from blockrepl.storage.slots import Identity, Slots
+from tests.sim.disk import SimDisk, SimFile, SimImage, SimJournalFile, SimSlotFile
+from tests.sim.network import Network, SimLinkTable, SimSocket
+from tests.sim.world import Killed, Machine, World
+
+GROUP = bytes(range(16))
+BLOCK = 512
+TICK_S = 0.02
+HELLO_TIMEOUT_S = 1.0
+
+
+@dataclass
+class Layout:
+    """A group: node ids by name, and for each volume its primary, secondary and size."""
+
+    primaries: dict[str, int]
+    intermediate: tuple[str, int]
+    secondaries: dict[str, int]
+    volumes: dict[int, tuple[str, str, int]]
+    ring_bytes: int
+    secondary_ring_bytes: int
+    policy: Policy
+
+    @property
+    def names(self) -> dict[int, str]:
+        """Node id → name."""
+        name, number = self.intermediate
+        return {number: name} | {n: each for each, n in (self.primaries | self.secondaries).items()}
+
+
+class Watcher:
+    """What an oracle wants to hear; `tests.sim.oracle` is one."""
+
+    def appended(self, process: IntermediateProcess, head: RecordHead, record: memoryview) -> None:
+        """The intermediate gave numbers."""
+
+    def submitted(self, process: PrimaryProcess, batch: Any, incarnation: int, number: int) -> None:
+        """A primary gave a host's batch its batch number."""
+
+    def sent(self, process: Process, kind: int, link: int, action: Send) -> None:
+        """A control message goes out."""
+
+    def received(self, process: Process, kind: int, fields: dict[str, Any]) -> None:
+        """A control message came in."""
+
+    def recovered(self, process: Process, heads: list[RecordHead], role: Any) -> None:
+        """A process has read its journal, and its role knows."""
+
+    def activated(self, process: SecondaryProcess) -> None:
+        """A secondary became active."""
+
+    def event(self, process: Process, text: str) -> None:
+        """A role's event."""
+
+
+class SimWorkers:
+    """`ports.Workers` of one life of a process."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self._random = process.world.random
+
+    def run(self, function: Callable[[], Any], done: Callable[[Any, Exception | None], None]) -> None:
+        """The call and its answer, each some time later."""
+
+        def work() -> None:
+            result, error = None, None
+            try:
+                result = function()
+            except Exception as caught:
+                error = caught
+            self._process.later(self._random.choice([0.0002, 0.003]), lambda: done(result, error))
+
+        self._process.later(self._random.choice([0.0, 0.001, 0.008]), work)
+
+    def later(self, function: Callable[[], None]) -> None:
+        """After what waits."""
+        self._process.later(0.0, function)
+
+
+class Process:
+    """One node, alive or not. ``life`` counts its processes: what was meant for an older one never happens."""
+
+    def __init__(self, world: World, network: Network, layout: Layout, name: str, node_id: int) -> None:
+        self.world = world
+        self.network = network
+        self.layout = layout
+        self.name = name
+        self.node_id = node_id
+        self.machine = Machine(world, name)
+        self.watcher = Watcher()
+        self.life = 0
+        self.alive = False
+        self.listening = False
+        self.kill_in = 0  # effects until it dies; 0 for never
+        self.links: SimLinkTable
+        self.disk: SimDisk
+        network.processes[name] = self
+        self.host: Any = None
+
+    # life
+
+    def boot(self) -> None:
+        """Start a process, unless one runs or there is no power."""
+        if self.alive or not self.machine.powered:
+            return
+        self.life += 1
+        self.alive = True
+        self.kill_in = 0
+        self.world.say(self.name, "starts")
+        self.links = SimLinkTable(self)
+        self.links.router = self
+        self.disk = SimDisk(self)
+        self.workers = SimWorkers(self)
+        try:
+            self.host = self.open()
+            self.world.after(TICK_S, self._tick, self)
+            self.start()
+        except Killed:
+            self.crash("while starting")
+        except OSError as error:
+            self.crash(f"cannot start: {error}")
+
+    def open(self) -> Host:
+        """Recover; return the host."""
+        raise NotImplementedError
+
+    def start(self) -> None:
+        """Listen and dial."""
+        raise NotImplementedError
+
+    def crash(self, why: str = "killed") -> None:
+        """kill -9: the page cache stays; the kernel closes the links."""
+        if not self.alive:
+            return
+        self.world.say(self.name, f"dies, {why}")
+        self.alive = self.listening = False
+        for connection in self.network.connections:
+            for side in (0, 1):
+                if connection.processes[side] is self and connection.lives[side] == self.life:
+                    stream = connection.streams[side]
+                    if stream is None or not stream.closed:
+                        connection.close(side)
+                        if stream is not None:
+                            stream.closed = True
+        self.life += 1
+
+    def cut_power(self) -> None:
+        """The machine loses power; `power_on` and `boot` come later."""
+        self.world.say(self.name, "loses power")
+        for connection in self.network.connections:
+            for side in (0, 1):
+                if connection.processes[side] is self:
+                    connection.vanish(side)
+        self.alive = self.listening = False
+        self.life += 1
+        self.machine.powered = False
+        self.machine.cut_power()
+
+    def power_on(self) -> None:
+        """Power is back."""
+        self.machine.powered = True
+
+    def effect(self) -> None:
+        """Something others can see happens next; the process may die before it."""
+        if self.kill_in:
+            self.kill_in -= 1
+            if not self.kill_in:
+                raise Killed
+
+    def later(self, delay_s: float, what: Callable[[], None]) -> None:
+        """Unless the process dies."""
+        self.world.after(delay_s, what, self)
+
+    def _tick(self) -> None:
+        self.later(TICK_S, self._tick)
+        self.host.tick()
+
+    # port: log
+
+    def log(self, text: str, fields: dict[str, object]) -> None:
+        """See `ports.Log`."""
+        self.world.say(self.name, text)
+        self.watcher.event(self, text)
+
+    # links
+
+    def take(self, sock: SimSocket) -> None:
+        """Accept a connection."""
+        connection = self.links.add(sock, greeted=False)  # type: ignore[arg-type]
+
+        def check() -> None:
+            if not connection.greeted and connection.number in self.links:
+                self.links.close(connection.number, "no HELLO")
+
+        self.later(HELLO_TIMEOUT_S, check)
+
+    def dial(self, peer: str, connected: Callable[[int, bytes], None]) -> None:
+        """Connect and stay connected; see `links.Dialler`."""
+        dialler = SimDialler(self, peer, connected)
+        self.diallers.append(dialler)
+        dialler.again()
+
+    @property
+    def diallers(self) -> list[SimDialler]:
+        """Of this life."""
+        if not hasattr(self.links, "diallers"):
+            self.links.diallers = []  # type: ignore[attr-defined]
+        found: list[SimDialler] = self.links.diallers  # type: ignore[attr-defined]
+        return found
+
+    def accepted(self, link: int, fields: dict[str, Any]) -> None:
+        """See `links.Router`."""
+        self.watcher.received(self, Message.HELLO, fields)
+        self.host.perform(self.host.role.accepted(link, fields, self.machine.clock.now_s()))
+
+    def message(self, link: int, kind: int, fields: dict[str, Any], epoch: int) -> None:
+        """See `links.Router`."""
+        self.watcher.received(self, kind, fields)
+        self.host.perform(self.host.role.received(link, kind, fields, self.machine.clock.now_s()))
+
+    def bulk(self, link: int, kind: int, epoch: int, chunk: Chunk, start: int, end: int) -> None:
+        """See `links.Router`."""
+        raise NotImplementedError
+
+    def lost(self, link: int) -> None:
+        """See `links.Router`."""
+        self.host.lost(link)
+        for dialler in self.diallers:
+            dialler.lost(link)
+
+    def settle(self) -> None:
+        """See `links.Router`."""
+        self.host.settle()
+
+    # files
+
+    def format(self) -> None:
+        """`create`: make the machine's files."""
+        raise NotImplementedError
+
+    def _format_journal(self, ring_bytes: int, state: bytes) -> None:
+        identity = Identity(GROUP, self.node_id, SlotKind.JOURNAL)
+        journal = Journal.format(identity, ring_bytes, self.world.random.getrandbits(32))
+        file = self.machine.files["journal"] = SimFile(journal.file_bytes)
+        offset, buffers = journal.superblock(state)
+        file.write(offset, b"".join(buffers))
+        file.sync()
+
+    def _open_journal(self, check: Callable[[Any, memoryview], bool], ring_bytes: int) -> SimJournalFile:
+        file = self.machine.files["journal"]
+        recovered = recover(file.read, check, Identity(GROUP, self.node_id, SlotKind.JOURNAL), ring_bytes)
+        for offset, buffers in recovered.writes:
+            self.effect()
+            file.write(offset, b"".join(buffers))
+        file.sync()
+        recovered.journal.synced(recovered.journal.tail)
+        journal = SimJournalFile(Path("journal"), file.fd, self.disk, recovered)  # type: ignore[arg-type]
+        journal.file, journal.process = file, self
+        return journal
+
+
+class SimDialler:
+    """Keeps one outgoing link up, with back-off."""
+
+    def __init__(self, process: Process, peer: str, connected: Callable[[int, bytes], None]) -> None:
+        self._process = process
+        self._peer = peer
+        self._connected = connected
+        self._link = 0
+
+    def again(self) -> None:
+        """Dial."""
+        self._process.network.dial(self._process, self._peer, self._dialled)
+
+    def _dialled(self, sock: SimSocket | None) -> None:
+        process = self._process
+        if sock is None:
+            process.later(process.world.random.uniform(0.01, 0.2), self.again)
+            return
+        self._link = process.links.add(sock, greeted=True).number  # type: ignore[arg-type]
+        self._connected(self._link, process.world.random.randbytes(16))
+        process.settle()
+
+    def lost(self, link: int) -> None:
+        """If it was ours, dial again."""
+        if link == self._link:
+            self._link = 0
+            self._process.later(self._process.world.random.uniform(0.005, 0.1), self.again)
+
+
+class PrimaryProcess(Process):
+    """As `node.primary_node`."""
+
+    host: PrimaryHost
+
+    def format(self) -> None:
+        slots = Slots(Identity(GROUP, self.node_id, SlotKind.STATE))
+        file = self.machine.files["state"] = SimFile(32 << 10)
+        from blockrepl.formats.state import PrimaryState
+
+        file.write(*slots.encode(encode_primary(PrimaryState())))
+        file.sync()
+        for volume, (primary, _, size) in self.layout.volumes.items():
+            if primary == self.name:
+                self.machine.files[f"volume {volume}"] = SimFile(size)
+
+    @property
+    def volume_ids(self) -> list[int]:
+        """Its P-VOLs."""
+        return [volume for volume, (primary, _, _) in self.layout.volumes.items() if primary == self.name]
+
+    def open(self) -> PrimaryHost:
+        file = self.machine.files["state"]
+        slots, payload = Slots.load(file.read(0, 32 << 10), Identity(GROUP, self.node_id, SlotKind.STATE))
+        file.write(*slots.again(payload))
+        file.sync()
+        state_file = SimSlotFile(Path("state"), file.fd, slots, payload)
+        state_file.file = file
+        state = decode_primary(payload)
+        state.incarnation += 1
+        self.effect()
+        state_file.save_now(encode_primary(state))
+        layout = self.layout
+        role = Primary(
+            group=GROUP, node=self.node_id, name=self.name, intermediate=layout.intermediate[1],
+            streams={v: layout.secondaries[layout.volumes[v][1]] for v in self.volume_ids},
+            state=state, policy=layout.policy,
+        )  # fmt: skip
+        images = {v: SimImage(self.machine.files[f"volume {v}"], self) for v in self.volume_ids}
+        add = role.queue.add
+
+        def note(record: Any) -> None:
+            self.watcher.submitted(self, record.batch, state.incarnation, record.number)
+            add(record)
+
+        role.queue.add = note  # type: ignore[method-assign]
+        save = partial(state_file.save, self.disk)  # type: ignore[arg-type]
+        host = PrimaryHost(role, images, save, self.disk, self.links, self.machine.clock, self.workers, self.log)
+        state_file.on_failed = lambda error: host.fail(str(error))
+        self.volumes = {v: PrimaryVolume(host, v, str(v), images[v], BLOCK, 1 << 16) for v in self.volume_ids}
+        return host
+
+    def start(self) -> None:
+        self.dial(self.layout.intermediate[0], self._connected)
+
+    def _connected(self, link: int, nonce: bytes) -> None:
+        self.host.perform(self.host.role.connected(link, nonce, self.machine.clock.now_s()))
+
+    def bulk(self, link: int, kind: int, epoch: int, chunk: Chunk, start: int, end: int) -> None:
+        if kind != Message.RECORD:
+            raise ProtocolError("BATCH does not belong on a primary's link")
+        view = chunk.view[start:end]
+        self.host.record(link, decode_record(view), view)
+
+    @property
+    def failed(self) -> bool:
+        """It stopped after a disk error."""
+        return self.alive and self.host.role.phase is PrimaryPhase.FAILED
+
+
+class WatchedIntermediateHost(IntermediateHost):
+    """Tells the oracle of every record."""
+
+    process: IntermediateProcess
+
+    def _append(self, action: Any) -> None:
+        self.process.watcher.appended(self.process, action.head, action.record)
+        super()._append(action)
+
+    def _send(self, action: Send) -> None:
+        self.process.watcher.sent(self.process, bytes(action.buffers[0])[4], action.link, action)
+        super()._send(action)
+
+
+class IntermediateProcess(Process):
+    """As `node.intermediate_node`."""
+
+    host: IntermediateHost
+    alone = False
+
+    def format(self) -> None:
+        from blockrepl.formats.state import IntermediateState
+
+        self._format_journal(self.layout.ring_bytes, encode_intermediate(IntermediateState()))
+
+    def open(self) -> IntermediateHost:
+        heads: list[RecordHead] = []
+
+        def check(header: Any, body: memoryview) -> bool:
+            if header.kind != FrameKind.RECORD:
+                return True
+            try:
+                heads.append(check_record(body))
+            except DamagedError:
+                return False
+            return True
+
+        journal = self._open_journal(check, self.layout.ring_bytes)
+        state = decode_intermediate(journal.recovered.state)
+        state.incarnation += 1
+        random = self.world.random
+        role = Intermediate(
+            group=GROUP, node=self.node_id, name=self.name, primaries=list(self.layout.primaries.values()),
+            secondaries=list(self.layout.secondaries.values()), state=state, policy=self.layout.policy,
+            new_id=lambda: random.randbytes(16), alone=self.alone,
+        )  # fmt: skip
+        for head in heads:
+            role.recovered(head)
+        self.watcher.recovered(self, heads, role)
+        host = WatchedIntermediateHost(role, journal, self.links, self.machine.clock, self.workers, self.log)
+        host.process = self
+        return host
+
+    def start(self) -> None:
+        self.host.journal.save(encode_intermediate(self.host.role.durable_state()), done=self._open_links)
+
+    def _open_links(self) -> None:
+        self.listening = True
+        for name, number in self.layout.secondaries.items():
+            self.dial(name, partial(self._connected, number))
+
+    def _connected(self, node: int, link: int, nonce: bytes) -> None:
+        self.host.perform(self.host.role.connected(link, node, nonce, self.machine.clock.now_s()))
+
+    def bulk(self, link: int, kind: int, epoch: int, chunk: Chunk, start: int, end: int) -> None:
+        if kind != Message.BATCH:
+            raise ProtocolError("RECORD does not belong on a link to the intermediate")
+        self.host.batch(link, chunk, start, end)
+
+
+class WatchedSecondaryHost(SecondaryHost):
+    """Tells the oracle what it answers."""
+
+    process: SecondaryProcess
+
+    def _send(self, action: Send) -> None:
+        self.process.watcher.sent(self.process, bytes(action.buffers[0])[4], action.link, action)
+        super()._send(action)
+
+
+class SecondaryProcess(Process):
+    """As `node.secondary_node`."""
+
+    host: SecondaryHost
+    opener: Opener | None = None
+
+    def format(self) -> None:
+        from blockrepl.formats.state import SecondaryState, encode_secondary
+
+        self._format_journal(self.layout.secondary_ring_bytes, encode_secondary(SecondaryState()))
+        for volume, (_, secondary, size) in self.layout.volumes.items():
+            if secondary == self.name:
+                self.machine.files[f"volume {volume}"] = SimFile(size)
+
+    @property
+    def volume_ids(self) -> list[int]:
+        """Its S-VOLs."""
+        return [volume for volume, (_, secondary, _) in self.layout.volumes.items() if secondary == self.name]
+
+    def open(self) -> SecondaryHost:
+        self.opener = None
+        heads: list[RecordHead] = []
+        notes: list[tuple[int, int]] = []
+
+        def check(header: Any, body: memoryview) -> bool:
+            if header.kind == FrameKind.NOTE:
+                notes.append((header.first, header.body_crc))
+            elif header.kind == FrameKind.RECORD:
+                try:
+                    heads.append(check_record(body))
+                except DamagedError:
+                    return False
+            return True
+
+        journal = self._open_journal(check, self.layout.secondary_ring_bytes)
+        role = Secondary(
+            group=GROUP, node=self.node_id, name=self.name, intermediate=self.layout.intermediate[1],
+            peers=list(self.layout.secondaries.values()), state=decode_secondary(journal.recovered.state),
+            policy=self.layout.policy,
+        )  # fmt: skip
+        for number, epoch in notes:
+            role.recovered_note(number, epoch)
+        refs = [frame for frame in journal.journal.frames() if frame.kind == FrameKind.RECORD]
+        held = [
+            (head, ref.body_offset)
+            for head, ref in zip(heads, refs, strict=True)
+            if role.recovered(head) and head.last > role.state.applied
+        ]
+        images = {v: SimImage(self.machine.files[f"volume {v}"], self) for v in self.volume_ids}
+        host = WatchedSecondaryHost(
+            role, journal, held, images, self.disk, self.links, self.machine.clock, self.workers, self.log
+        )  # fmt: skip
+        host.process = self
+        host.on_active = lambda: self.watcher.activated(self)
+        self.watcher.recovered(self, heads, role)
+        return host
+
+    def start(self) -> None:
+        self.listening = True
+        self.host.start()
+
+    def message(self, link: int, kind: int, fields: dict[str, Any], epoch: int) -> None:
+        if self.opener is not None and link in self.opener.own:
+            self.opener.perform(self.opener.role.received(link, kind, fields, self.machine.clock.now_s()))
+            return
+        self.watcher.received(self, kind, fields)
+        self.host.perform(self.host.role.received_message(link, kind, fields, epoch, self.machine.clock.now_s()))
+
+    def bulk(self, link: int, kind: int, epoch: int, chunk: Chunk, start: int, end: int) -> None:
+        if kind != Message.RECORD:
+            raise ProtocolError("BATCH does not belong on hop 2")
+        self.host.record(link, epoch, chunk, start, end)
+
+    def lost(self, link: int) -> None:
+        if self.opener is not None and link in self.opener.own:
+            self.opener.own.discard(link)
+            self.opener.perform(self.opener.role.lost(link, self.machine.clock.now_s()))
+        else:
+            self.host.lost(link)
+
+    def take_over(
+        self, done: Callable[[Takeover], None], *, dry_run: bool = False, force: bool = False, patience_s: float = 3.0
+    ) -> None:
+        """The operator's command. ``done`` is not called when the process dies."""
+        if self.alive and self.opener is None:
+            self.opener = Opener(self, done, dry_run=dry_run, force=force, patience_s=patience_s)
+
+
+class Opener:
+    """As `node.takeover_run`."""
+
+    def __init__(
+        self, process: SecondaryProcess, done: Callable[[Takeover], None], *, dry_run: bool, force: bool,
+        patience_s: float,
+    ) -> None:  # fmt: skip
+        self._process = process
+        self._done = done
+        self.own: set[int] = set()
+        layout, random = process.layout, process.world.random
+        self.role = Takeover(
+            group=GROUP, node=process.node_id, name=process.name, intermediate=layout.intermediate[1],
+            secondaries=list(layout.secondaries.values()), names=layout.names,
+            new_id=lambda: random.randbytes(16), now_s=process.machine.clock.now_s(),
+            dry_run=dry_run, force=force, patience_s=patience_s,
+        )  # fmt: skip
+        process.world.say(process.name, f"takeover begins, dry_run={dry_run}, force={force}")
+        for node in self.role.peers:
+            process.network.dial(process, layout.names[node], partial(self._dialled, node))
+        self._tick()
+
+    def _dialled(self, node: int, sock: SimSocket | None) -> None:
+        process = self._process
+        if process.opener is not self:
+            if sock is not None:
+                sock.connection.close(0)
+                process.links.close(process.links.add(sock, greeted=True).number, "too late")  # type: ignore[arg-type]
+            return
+        if sock is None:
+            self.perform(self.role.unreachable(node, "no answer", process.machine.clock.now_s()))
+            return
+        link = process.links.add(sock, greeted=True).number  # type: ignore[arg-type]
+        self.own.add(link)
+        self.perform(self.role.connected(link, node, process.world.random.randbytes(16)))
+
+    def _tick(self) -> None:
+        if self._process.opener is self:
+            self._process.later(TICK_S, self._tick)
+            self.perform(self.role.tick(self._process.machine.clock.now_s()))
+
+    def perform(self, actions: list[Action]) -> None:
+        """As `TakeoverRun._perform`."""
+        process = self._process
+        for action in actions:
+            if isinstance(action, Send):
+                process.links.send(action.link, action.buffers, action.chunk)
+            elif isinstance(action, Close):
+                self.own.discard(action.link)
+                process.links.close(action.link, action.reason, action.last_words)
+            elif isinstance(action, Event):
+                process.world.say(process.name, f"takeover: {action.text}")
+        process.links.settle()
+        if self.role.phase not in OPEN and process.opener is self:
+            process.opener = None
+            for link in list(self.own):
+                process.links.close(link, "the takeover ended", b"")
+            self._done(self.role)
