@@ -152,6 +152,14 @@ class Stream:
                 chunk.release()
             return
         out = self._out
+        if not out and 0 < len(buffers) <= IOV_MAX:
+            # Nearly always the socket takes all of it: nothing is queued, buffer by buffer, only to be taken out.
+            rest = self._send_now(buffers)
+            if rest is None:
+                if chunk is not None:
+                    chunk.release()
+                return
+            buffers = rest
         total = 0
         for buffer in buffers:
             total += len(buffer)
@@ -164,6 +172,23 @@ class Stream:
         self.queued_bytes += total
         if not self._writing:
             self._flush()
+
+    def _send_now(self, buffers: Sequence[Buffer]) -> list[Buffer] | None:
+        """Offer everything to the socket; what it did not take, or None when nothing is left to do."""
+        try:
+            sent = self._sock.sendmsg(buffers) if len(buffers) > 1 else self._sock.send(buffers[0])
+        except (BlockingIOError, InterruptedError):
+            return list(buffers)
+        except OSError as error:
+            self._fail(error)
+            return None
+        if sent == sum(map(len, buffers)):
+            return None
+        for index, buffer in enumerate(buffers):
+            if sent < len(buffer):
+                return [memoryview(buffer)[sent:], *buffers[index + 1 :]]
+            sent -= len(buffer)
+        return None
 
     def _flush(self) -> None:
         out = self._out

@@ -41,7 +41,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     heartbeat_s: float = 1.0
     link_timeout_s: float = 5.0
     hold_s: float = 30.0
-    checkpoint_s: float = 1.0
+    checkpoint_s: float = 5.0
     checkpoint_bytes: Size = Size(64 << 20)
     round_s: float = 0.01
     round_bytes: Size = Size(8 << 20)

@@ -73,6 +73,7 @@ assert INTERMEDIATE_PART.size == HEADER_BYTES - PRIMARY_PART_BYTES
 assert ENTRY.size == ENTRY_BYTES
 _CRC = struct.Struct(">I")
 _EMPTY_PART = bytes(HEADER_BYTES - PRIMARY_PART_BYTES)
+_WRITE, _OTHERS = int(Op.WRITE), (int(Op.ZERO), int(Op.TRIM))
 OP_DIGEST = 4  # an entry whose payload is a digest of the block at this number (PROTOCOL, rule 19)
 
 
@@ -222,12 +223,13 @@ def _check_body(head: RecordHead, view: memoryview, error: type[ProtocolError] |
     if crc32c(view[HEADER_BYTES:], crc32c(view[: PRIMARY_PART_BYTES - 4])) != head.body_crc:
         raise error(f"record body of batch {head.batch} from node {head.sender}: wrong checksum")
     payload = 0
+    write, others = _WRITE, _OTHERS
     for _, op, _, _, _, length in ENTRY.iter_unpack(view[HEADER_BYTES : HEADER_BYTES + head.count * ENTRY_BYTES]):
-        if op == Op.WRITE:
+        if op == write:
             payload += length
         elif op == OP_DIGEST:
             payload += DIGEST_BYTES
-        elif op not in (Op.ZERO, Op.TRIM):
+        elif op not in others:
             raise error(f"record of batch {head.batch}: unknown operation {op}")
     if payload + head.count * ENTRY_BYTES != head.body_bytes:
         raise error(f"record of batch {head.batch}: entries need {payload} payload bytes")

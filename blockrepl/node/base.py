@@ -32,11 +32,16 @@ def policy_of(definition: Definition) -> Policy:
         link_timeout_s=given.link_timeout_s,
         hold_s=given.hold_s,
         checkpoint_s=given.checkpoint_s,
-        checkpoint_bytes=min(int(given.checkpoint_bytes), _smaller_ring(definition) // 8),
+        checkpoint_bytes=min(int(given.checkpoint_bytes), _smaller_ring(definition) // _shares(definition)),
         round_s=given.round_s,
         round_bytes=int(given.round_bytes),
         open_backoff_s=given.link_timeout_s,
     )
+
+
+def _shares(definition: Definition) -> int:
+    """Half a ring, shared by the primaries."""
+    return 2 * max(2, len(definition.primaries))
 
 
 def _smaller_ring(definition: Definition) -> int:
@@ -46,7 +51,7 @@ def _smaller_ring(definition: Definition) -> int:
 def max_write_bytes(definition: Definition) -> int:
     """The largest write that hosts may send: it must fit every ring, with what others are granted."""
     ring = _smaller_ring(definition)
-    return min(MAX_WRITE_BYTES, ring // (8 * max(2, len(definition.primaries))) // 4096 * 4096)
+    return min(MAX_WRITE_BYTES, ring // (4 * _shares(definition)) // 4096 * 4096)
 
 
 class NodeBase(ABC):

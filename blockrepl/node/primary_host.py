@@ -9,12 +9,12 @@ from typing import Any
 
 from blockrepl.block import Volume, WriteBatch
 from blockrepl.errors import BlockError, StorageError
-from blockrepl.formats.record import RecordHead, iterate_entries
+from blockrepl.formats.record import RecordHead
 from blockrepl.formats.state import encode_primary
 from blockrepl.node.digests import VERIFY_BLOCK_BYTES, digest_range
 from blockrepl.node.host import Host
 from blockrepl.node.ports import Clock, Disk, Image, Links, Log, Workers
-from blockrepl.node.store import store_entry
+from blockrepl.node.store import store_record
 from blockrepl.replication.actions import (
     DigestBlocks,
     Digested,
@@ -130,11 +130,7 @@ class PrimaryHost(Host):
 
     def _store_record(self, action: StoreRecord) -> None:
         try:
-            for volume, op, flags, offset, length, payload in iterate_entries(action.head, action.record):
-                image = self.images.get(volume)
-                if image is not None:
-                    store_entry(image, op, flags, offset, length, payload)
-                    self._dirty.add(volume)
+            self._dirty |= store_record(self.images, action.head, action.record)
         except OSError as error:
             self.perform(self.role.failed(f"replay: {error}"))
 

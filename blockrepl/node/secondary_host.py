@@ -10,12 +10,19 @@ from typing import Any
 from blockrepl.chunks import Chunk
 from blockrepl.errors import StorageError
 from blockrepl.formats.journal import FRAME_HEADER_BYTES, RING_OFFSET, FrameKind
-from blockrepl.formats.record import OP_DIGEST, RecordHead, check_record, decode_record, frame_bytes, iterate_entries
+from blockrepl.formats.record import (
+    RecordHead,
+    RecordKind,
+    check_record,
+    decode_record,
+    frame_bytes,
+    iterate_entries,
+)
 from blockrepl.formats.state import encode_secondary
 from blockrepl.node.digests import digest_range
 from blockrepl.node.host import Host
 from blockrepl.node.ports import Clock, Disk, Image, Links, Log, Workers
-from blockrepl.node.store import store_entry
+from blockrepl.node.store import store_record
 from blockrepl.replication.actions import (
     Append,
     AppendNote,
@@ -33,6 +40,7 @@ CACHE_BYTES = 48 << 20  # records kept in memory until they are applied; the res
 SLICE_BYTES = 8 << 20  # what is applied before the loop gets its turn
 COMMIT_BYTES = 16 << 20  # synced early when no PREPARE asks for it
 TRIM_SHARE = 16
+_DIGEST = int(RecordKind.DIGEST)
 
 
 @dataclass(slots=True)
@@ -316,15 +324,10 @@ class SecondaryHost(Host):
 
     def _store(self, head: RecordHead, record: memoryview) -> bool:
         try:
-            for volume, op, flags, offset, length, payload in iterate_entries(head, record):
-                image = self.images.get(volume)
-                if image is None:
-                    raise OSError(f"record {head.first} is for volume {volume}, which is not here")
-                if op == OP_DIGEST:
-                    self._compare(head, record)
-                    return True
-                store_entry(image, op, flags, offset, length, payload)
-                self._dirty.add(volume)
+            if head.kind == _DIGEST:
+                self._compare(head, record)
+            else:
+                self._dirty |= store_record(self.images, head, record)
         except OSError as error:
             self._fail(f"cannot store record {head.first}: {error}")
             return False

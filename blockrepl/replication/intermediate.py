@@ -274,7 +274,7 @@ class Intermediate:
             if sender.hello is not None:
                 actions += self._welcome(sender)
         for stream_node in fed:
-            actions += streams.pump(streams.by_node[stream_node])
+            actions += streams.feed(stream_node)
         return actions + self._rounds(now_s) + self.opening.drained(now_s)
 
     def _acknowledge(self, sender: Sender) -> list[Action]:

@@ -12,7 +12,7 @@ class Policy:
     heartbeat_s: float = 1.0
     link_timeout_s: float = 5.0
     hold_s: float = 30.0
-    checkpoint_s: float = 1.0
+    checkpoint_s: float = 5.0
     checkpoint_bytes: int = 64 << 20
     round_s: float = 0.01
     round_bytes: int = 8 << 20
@@ -22,4 +22,5 @@ class Policy:
 
 
 MAX_OPEN_ROUNDS = 16  # prepare rounds that a secondary may leave unanswered
-TRANSMIT_BYTES = 4 << 20  # one helping of a stream
+TRANSMIT_BYTES = 4 << 20  # one helping of a stream, at most
+HELPING_BYTES = 256 << 10  # less than this waits for the next prepare round: nothing is gained by sending it sooner

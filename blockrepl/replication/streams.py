@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from blockrepl.errors import ProtocolError
 from blockrepl.formats.link import Message, encode
 from blockrepl.replication.actions import Action, Send, Transmit
-from blockrepl.replication.policy import MAX_OPEN_ROUNDS
+from blockrepl.replication.policy import HELPING_BYTES, MAX_OPEN_ROUNDS
 
 
 @dataclass(slots=True)
@@ -35,6 +35,7 @@ class Stream:
     ready: bool = False  # greeted, and in our epoch
     credit: int = 0
     credit_used: int = 0
+    waiting_bytes: int = 0  # durable and not handed to the link yet
     total_writes: int = 0  # numbered since the start, for the lag
     total_bytes: int = 0
     busy: bool = False  # a Transmit is being performed
@@ -121,6 +122,8 @@ class Streams:
             return []
         stream.busy = False
         progress = last > stream.sent
+        if last >= stream.durable:
+            stream.waiting_bytes = 0
         stream.sent = max(stream.sent, last)
         stream.credit_used += frame_bytes
         actions = self._ask(stream)
@@ -128,8 +131,19 @@ class Streams:
 
     def durable(self, node: int, number: int, size_bytes: int) -> None:
         """A record of this stream became durable."""
-        self.by_node[node].durable = number
+        stream = self.by_node[node]
+        stream.durable = number
+        stream.waiting_bytes += size_bytes
         self._bytes_since_round += size_bytes
+
+    def feed(self, node: int) -> list[Action]:
+        """Records of a stream became durable: send them, if they are a helping; else they go with the next round.
+
+        A takeover without the intermediate lands on a round, so a record that travels before its round gains nothing,
+        and each journey wakes two processes.
+        """
+        stream = self.by_node[node]
+        return self.pump(stream) if stream.waiting_bytes >= HELPING_BYTES else []
 
     # rounds
 
@@ -145,7 +159,7 @@ class Streams:
         self._rounds.append(Round(durable, {node: stream.durable for node, stream in self.by_node.items()}))
         actions = self._tell_validated()
         for stream in self.by_node.values():
-            actions += self._ask(stream)
+            actions += self.pump(stream) + self._ask(stream)
         return actions
 
     def due_s(self, durable: int) -> float:

@@ -21,7 +21,7 @@ Saved = Callable[[], None]
 Truncated = Callable[[int, int], None]
 """Called with how many sequence numbers and body bytes were discarded."""
 INLINE_BYTES = 1 << 18  # larger commits go to the thread: their copying runs beside the loop
-INLINE_SYNC_S = 0.001  # on a slower disk all commits do
+INLINE_SYNC_S = 0.004  # on a slower disk all commits do
 IOV_JOIN = 512  # frames that follow each other go into one write, up to about so many buffers
 
 
