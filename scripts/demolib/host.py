@@ -80,7 +80,15 @@ class Host(ABC):
         run([*self._fio_command(what), *self.fio_jobs(secondary=secondary)])
 
     def _fio_command(self, what: Sequence[str]) -> list[str]:
-        common = [f"--size={FIO_BYTES}", "--bs=4k", "--iodepth=8", "--verify=crc32c", "--verify_fatal=1", "--thread"]
+        common = [
+            f"--size={FIO_BYTES}",
+            "--bs=4k",
+            "--iodepth=8",
+            "--verify=crc32c",
+            "--verify_fatal=1",
+            "--thread",
+            "--verify_state_save=0",
+        ]
         return ["fio", *common, *_verify_options(), *what]
 
     def begin_load(self) -> None:
