@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import logging
 import os
@@ -18,9 +19,11 @@ from blockrepl.node.control import ControlServer, Handler, Progress
 from blockrepl.node.links import LinkTable
 from blockrepl.replication.policy import Policy
 from blockrepl.storage.executor import DiskThread
+from blockrepl.storage.journal_file import JournalFile
 
 log = logging.getLogger("blockrepl.node")
 LOCK_NAME = "lock"
+LAST_SAVE_S = 5.0
 MAX_WRITE_BYTES = 32 << 20
 
 
@@ -148,6 +151,16 @@ class NodeBase(ABC):
     async def _stop(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
         self.stopping.set()
         return {"stopping": True}
+
+
+async def save_last(journal: JournalFile, state: bytes) -> None:
+    """A clean end: the superblock then vouches for the newest frames, so that damage to them is noticed."""
+    if journal.failed is None:
+        saved = asyncio.Event()
+        journal.commit()
+        journal.save(state, done=saved.set)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(saved.wait(), LAST_SAVE_S)
 
 
 def epoch_json(epoch: Epoch) -> dict[str, Any] | None:

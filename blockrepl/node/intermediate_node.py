@@ -15,7 +15,7 @@ from blockrepl.formats.link import Message
 from blockrepl.formats.record import RecordHead, check_record
 from blockrepl.formats.state import decode_intermediate, encode_intermediate
 from blockrepl.node.asyncio_ports import log_event
-from blockrepl.node.base import NodeBase, epoch_json, policy_of
+from blockrepl.node.base import NodeBase, epoch_json, policy_of, save_last
 from blockrepl.node.control import Handler
 from blockrepl.node.create import JOURNAL_NAME, identity
 from blockrepl.node.intermediate_host import IntermediateHost
@@ -95,6 +95,8 @@ class IntermediateNode(NodeBase):
         if self._round_timer is not None:
             self._round_timer.cancel()
         await asyncio.gather(*(dialler.close() for dialler in self._diallers))
+        self.links.close_all()
+        await save_last(self.host.journal, encode_intermediate(self.host.role.durable_state()))
 
     def tick(self) -> None:
         self.host.tick()

@@ -12,9 +12,9 @@ from blockrepl.errors import DamagedError, ProtocolError, UsageError
 from blockrepl.formats.journal import FrameKind
 from blockrepl.formats.link import Message
 from blockrepl.formats.record import RecordHead, check_record
-from blockrepl.formats.state import decode_secondary
+from blockrepl.formats.state import decode_secondary, encode_secondary
 from blockrepl.node.asyncio_ports import log_event
-from blockrepl.node.base import NodeBase, epoch_json, policy_of
+from blockrepl.node.base import NodeBase, epoch_json, policy_of, save_last
 from blockrepl.node.control import Handler, Progress
 from blockrepl.node.create import JOURNAL_NAME, identity, image_identity, image_path, images_of
 from blockrepl.node.exports import Exports
@@ -102,6 +102,8 @@ class SecondaryNode(NodeBase):
     async def close(self) -> None:
         self._listener.close()
         await self.exports.close()
+        self.links.close_all()
+        await save_last(self.host.journal, encode_secondary(self.host.role.durable_state()))
         for image in self._images.values():
             await asyncio.to_thread(image.fdatasync)
 

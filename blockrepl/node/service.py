@@ -10,6 +10,7 @@ import signal
 import uvloop
 
 from blockrepl.definition import Definition
+from blockrepl.frontends.loop.system import mark_io_flusher
 from blockrepl.node.base import NodeBase
 
 log = logging.getLogger("blockrepl.node")
@@ -18,6 +19,10 @@ log = logging.getLogger("blockrepl.node")
 def make_node(definition: Definition, name: str, *, alone: bool) -> NodeBase:
     """The node called ``name``, its files opened and recovered. Raises BlockreplError."""
     node = definition.node(name)
+    if node.role != "intermediate":
+        # Before any thread is started: they inherit it. Without the privilege it works too, but for a machine that is
+        # short of memory.
+        mark_io_flusher()
     # Each role's modules are loaded by the nodes of that role only: a restart is a recovery, and that counts.
     if node.role == "primary":
         from blockrepl.node.primary_node import PrimaryNode

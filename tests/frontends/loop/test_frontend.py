@@ -208,6 +208,7 @@ async def test_writes_that_complete_late_are_answered_then(frontend: LoopFronten
             "--direct=1",
             "--verify=crc32c",
             "--verify_state_save=0",
+            "--verify_state_save=0",
         )
     )
     await volume.waiting.wait()
