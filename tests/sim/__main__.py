@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_argument("--from", type=int, default=0, dest="first", help="the first seed")
     parser.add_argument("--seed", type=int, help="one run, with its trace")
     parser.add_argument("--seconds", type=float, default=8.0, help="simulated seconds with faults, per run")
-    parser.add_argument("--story", choices=["production", "attempts", "disaster"])
+    parser.add_argument("--story", choices=["production", "attempts", "disaster", "planned"])
     parser.add_argument("--minutes", type=float, help="stop after so many minutes")
     parser.add_argument("--keep-going", action="store_true", help="go on after a failure")
     args = parser.parse_args()

@@ -41,6 +41,8 @@ class Faults:
             self.world.after(random.uniform(0.5, 3), self._attempt)
         elif group.story == "disaster":
             self.world.after(random.uniform(1, group.options.seconds / 2), self._disaster)
+        elif group.story == "planned":
+            self.world.after(random.uniform(1, group.options.seconds / 2), self._try_takeover)
 
     def stop(self) -> None:
         """No more."""

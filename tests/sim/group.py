@@ -39,7 +39,7 @@ class Options:
     threads: int | None = None
     volumes: int | None = None
     ring_bytes: int | None = None
-    story: str | None = None  # "production", "attempts", "disaster"
+    story: str | None = None  # "production", "attempts", "disaster", "planned"
     fault_every_s: float | None = None
     faults: tuple[str, ...] | None = None
 
@@ -101,7 +101,9 @@ class Group:
         self.layout = self._layout(options, ring)
         self.oracle = Oracle(world, self.layout)
         self.processes = self._processes()
-        self.story = options.story or random.choice(["production"] * 4 + ["attempts"] * 3 + ["disaster"] * 3)
+        self.story = options.story or random.choice(
+            ["production"] * 4 + ["attempts"] * 3 + ["disaster"] * 2 + ["planned"]
+        )
         self.may_force = random.random() < 0.3
         self.forced = False  # a forced takeover was begun
         self.result = Result(seed, self.story)
@@ -236,6 +238,9 @@ class Group:
         self.heal()
         self.hosts.stopped = True
         self.world.run(self.world.now_s + 0.5)
+        for process in self.processes.values():
+            if self.random.random() < 0.15:
+                process.crash()
         self.heal()
         if self.active:
             self._end_of_takeover()

@@ -208,6 +208,8 @@ class Oracle(Watcher):
     # recoveries
 
     def recovered(self, process: Process, heads: list[RecordHead], role: Any) -> None:
+        # What it had received and not stored, it has answered to nobody.
+        self.known_epoch[process.name] = max(role.state.epoch.number, role.state.promised.number)
         for head in heads:
             if isinstance(role, Secondary) and head.epoch < role.state.epoch.number and head.last > role.state.number:
                 continue

@@ -117,6 +117,8 @@ class SimWorkers:
 class Process:
     """One node, alive or not. ``life`` counts its processes: what was meant for an older one never happens."""
 
+    settles = True  # what is recovered is written again and synced, as `JournalFile.open` does; a planted bug
+
     def __init__(self, world: World, network: Network, layout: Layout, name: str, node_id: int) -> None:
         self.world = world
         self.network = network
@@ -286,13 +288,16 @@ class Process:
     def _open_journal(self, check: Callable[[Any, memoryview], bool], ring_bytes: int) -> SimJournalFile:
         file = self.machine.files["journal"]
         recovered = recover(file.read, check, Identity(GROUP, self.node_id, SlotKind.JOURNAL), ring_bytes)
-        for offset, buffers in recovered.writes:
-            self.effect()
-            file.write(offset, b"".join(buffers))
-        file.sync()
+        if self.settles:
+            for offset, buffers in recovered.writes:
+                self.effect()
+                file.write(offset, b"".join(buffers))
+            file.sync()
         recovered.journal.synced(recovered.journal.tail)
         journal = SimJournalFile(Path("journal"), file.fd, self.disk, recovered)  # type: ignore[arg-type]
         journal.file, journal.process = file, self
+        if self.world.random.random() < 0.5:
+            journal.inline_bytes = -1  # every commit goes through the thread
         return journal
 
 
@@ -363,6 +368,7 @@ class PrimaryProcess(Process):
             streams={v: layout.secondaries[layout.volumes[v][1]] for v in self.volume_ids},
             state=state, policy=layout.policy,
         )  # fmt: skip
+        self.watcher.recovered(self, [], role)
         images = {v: SimImage(self.machine.files[f"volume {v}"], self) for v in self.volume_ids}
         add = role.queue.add
 
