@@ -28,6 +28,7 @@ from tests.sim.world import Violation, World
 
 LINKS = [("p1", "i"), ("p2", "i"), ("i", "s1"), ("i", "s2"), ("s1", "s2")]
 SITES = {"primary": ["p1", "p2"], "intermediate": ["i"], "secondary": ["s1", "s2"]}
+STORIES = ["production"] * 4 + ["attempts"] * 3 + ["disaster"] * 2 + ["planned"]
 HEALED_S = 40.0  # the time that a healed group has to come to rest
 
 
@@ -101,9 +102,7 @@ class Group:
         self.layout = self._layout(options, ring)
         self.oracle = Oracle(world, self.layout)
         self.processes = self._processes()
-        self.story = options.story or random.choice(
-            ["production"] * 4 + ["attempts"] * 3 + ["disaster"] * 2 + ["planned"]
-        )
+        self.story = options.story or random.choice(STORIES)
         self.may_force = random.random() < 0.3
         self.forced = False  # a forced takeover was begun
         self.result = Result(seed, self.story)

@@ -1,4 +1,4 @@
-"""The simulator finds bugs: each planted one within a bounded number of seeds. Without this its silence proves nothing."""
+"""Each planted bug is found within a bounded number of seeds: else the simulator's silence would prove nothing."""
 
 from __future__ import annotations
 

@@ -1,0 +1,211 @@
+"""Schedules that the simulator found, each in its shortest form."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+from blockrepl.block import WriteFlag
+from blockrepl.errors import BlockError
+from blockrepl.formats.link import LinkRole, Message, Refusal
+from blockrepl.formats.record import frame_bytes
+from blockrepl.replication import opening
+from blockrepl.replication.actions import Apply, Close
+from blockrepl.replication.secondary import Phase
+from blockrepl.replication.takeover import Takeover
+from tests.replication.roles import (
+    FREE,
+    GROUP,
+    MID,
+    NONCE,
+    ONE,
+    P1,
+    P2,
+    S1,
+    S2,
+    THREE,
+    TWO,
+    greet,
+    hello,
+    intermediate,
+    messages,
+    one,
+    raw_batch,
+    report,
+    saved,
+    secondary,
+    send_batch,
+    serving,
+    words,
+)
+from tests.sim.group import Group, Options
+from tests.sim.process import BLOCK
+
+
+def test_credit_shrinks_with_every_batch_and_not_only_at_the_next_trim() -> None:
+    """Else more is granted than the ring holds, and a full ring waits for a checkpoint for ever (rule 6)."""
+    role = serving(intermediate(free_bytes=64 << 10))
+    greet(role, 1, P1)
+    greet(role, 2, P2)
+    _, size = raw_batch(1)
+    sent = {P1: 0, P2: 0}
+    for _ in range(100):
+        for link, sender in ((1, P1), (2, P2)):
+            now = role.senders.by_link[link]
+            if now.credit - now.credit_used >= frame_bytes(size):
+                sent[sender] += 1
+                send_batch(role, link, sent[sender], sender=sender)
+        role.durable(role.numbered, 0.0)
+    assert 32 << 10 < sum(sent.values()) * frame_bytes(size) <= 64 << 10
+
+
+def test_a_record_larger_than_half_a_window_gets_its_credit_with_the_next_heartbeat() -> None:
+    role = serving(intermediate(free_bytes=96 << 10))
+    window = (96 << 10) // 4
+    granted = one(greet(role, 1), Message.WELCOME)["credit"]
+    assert granted == window
+    send_batch(role, 1, 1, size_bytes=4000)
+    role.durable(1, 0.0)
+    role.ring(96 << 10)
+    beats = [fields for link, kind, fields in messages(role.tick(1.0, 1)) if link == 1 and kind == Message.HEARTBEAT]
+    assert beats[0]["credit"] - frame_bytes(raw_batch(1, size_bytes=4000)[1]) == window
+
+
+def test_a_batch_that_comes_while_nothing_is_numbered_closes_its_link() -> None:
+    """Dropped on a link that lives on it would never be sent again, and its host would wait for ever."""
+    role = serving(intermediate())
+    greet(role, 1)
+    role.accepted(9, hello(LinkRole.OPENER, S1, MID), 0.0)
+    role.received(9, Message.PROMISE, {"epoch": TWO, "dry_run": False}, 0.0)
+    assert role.phase is opening.Phase.FROZEN
+    actions = send_batch(role, 1, 1)
+    assert [action.link for action in actions if isinstance(action, Close)] == [1]
+    assert role.numbered == 0
+
+
+def test_a_failed_intermediate_stays_failed_when_a_secondary_says_it_is_active() -> None:
+    role = serving(intermediate())
+    role.fail("disk")
+    refused = {"code": Refusal.ACTIVE, "epoch": TWO, "promised": TWO, "text": "taken over"}
+    role.received(104, Message.REFUSED, refused, 0.0)
+    assert role.fail("another error") == []
+    assert role.phase is opening.Phase.FAILED
+
+
+def test_nothing_is_trimmed_that_one_secondary_has_not_noted() -> None:
+    """One that a takeover rolled forward knows of a higher validated number than another has prepared."""
+    role = intermediate(durable=12, streams=[(S1, 12), (S2, 11)])
+    for node, prepared in ((S1, 12), (S2, 10)):
+        role.connected(100 + node, node, NONCE, 0.0)
+        role.received(
+            100 + node, Message.WELCOME, report(node, prepared=prepared, validated=prepared, through=10), 0.0
+        )  # fmt: skip
+    assert role.streams.validated == 12
+    assert role.releasable == 10
+
+
+def test_a_secondary_that_holds_a_takeovers_number_without_a_note_of_it_has_lost_nothing() -> None:
+    """S1 was rolled forward to 11, S2 holds 11 and noted 10, the takeover died: production goes on."""
+    role = intermediate(durable=11, streams=[(S1, 8), (S2, 11)])
+    actions = []
+    for node, through, prepared in ((S1, 8, 11), (S2, 11, 10)):
+        role.connected(100 + node, node, NONCE, 0.0)
+        fields = report(node, prepared=prepared, validated=prepared, through=through)
+        actions += role.received(100 + node, Message.WELCOME, fields, 0.0)
+    assert role.phase is opening.Phase.SERVING
+    actions += role.tick(1.0, 1)
+    asked = {link: fields["number"] for link, kind, fields in messages(actions) if kind == Message.PREPARE}
+    assert asked[105] == 11
+    actions = role.received(105, Message.PREPARED, {"number": 11, "applied": 10, "credit": FREE}, 1.0)
+    assert (105, Message.VALIDATE, {"number": 11}) in messages(actions)
+
+
+def test_a_restarted_secondary_applies_what_is_validated_without_being_told_again() -> None:
+    role = secondary(held=9, prepared=9, validated=9, applied=4)
+    assert role.start() == [Apply(9)]
+    assert secondary(held=9, prepared=9, validated=9, applied=9).start() == []
+
+
+def roll(role: Any, link: int, number: int) -> list[Any]:
+    """A takeover's PROMISE and STORE of epoch 2, with everything done that they ask for."""
+    role.accepted(link, hello(LinkRole.OPENER, S2, S1), 0.0)
+    actions = role.received_message(link, Message.PROMISE, {"epoch": TWO, "dry_run": False}, 0, 0.0)
+    actions += [each for action in actions if hasattr(action, "token") for each in role.done(action.token, 0.0)]
+    for action in actions:
+        if words([action]) == ["SaveState"]:
+            role.done(action.token, 0.0)
+    # The intermediate comes back in between, and is told what is held now.
+    role.accepted(7, hello(LinkRole.INTERMEDIATE, MID, S1), 0.0)
+    store = {"promise": TWO, "epoch": TWO, "number": number, "truncate": True, "members": [S1, S2], "dry_run": False}
+    actions = role.received_message(link, Message.STORE, store, 0, 0.0)
+    found: list[Any] = role.truncated(actions[0].token, 0, 0, number, 0.0)
+    return found
+
+
+def test_a_takeovers_roll_forward_ends_the_intermediates_link() -> None:
+    """It was told of more than is held now, and would send VALIDATE for it."""
+    role = secondary(held=12, prepared=12, validated=10, applied=10)
+    actions = roll(role, 3, 11)
+    assert [action.link for action in actions if isinstance(action, Close)] == [7]
+    assert role.link == 0
+
+
+def test_a_secondary_that_stopped_answers_no_promise() -> None:
+    role = secondary()
+    role.accepted(3, hello(LinkRole.OPENER, S2, S1), 0.0)
+    role.fail("disk")
+    actions = role.received_message(3, Message.PROMISE, {"epoch": TWO, "dry_run": False}, 0, 0.0)
+    assert words(actions) == ["Close"]
+    assert role.state.promised == ONE
+    assert role.phase is Phase.FAILED
+
+
+def test_a_repeated_takeover_stores_again_where_a_later_epoch_was_promised_since() -> None:
+    """Such a secondary has the epoch, and must still be brought to its number before it may be activated."""
+    role = Takeover(
+        group=GROUP, node=S1, name="s1", intermediate=MID, secondaries=[S1, S2], names={MID: "i", S1: "s1", S2: "s2"},
+        new_id=lambda: b"3" * 16, now_s=0.0,
+    )  # fmt: skip
+    role.unreachable(MID, "gone", 0.0)
+    for node in (S1, S2):
+        role.connected(node, node, NONCE)
+        role.received(node, Message.WELCOME, report(node, epoch=TWO, promised=TWO), 0.0)
+    held = {"held": 7, "validated": 7, "applied": 7, "number": 7, "members": [S1, S2], "numbered": 7, "stored": TWO}
+    role.received(S2, Message.PROMISED, {**held, "epoch": TWO, "active": True}, 0.0)
+    actions = role.received(S1, Message.PROMISED, {**held, "epoch": THREE, "active": False}, 0.0)
+    assert [(link, fields["epoch"], fields["number"]) for link, kind, fields in messages(actions)
+            if kind == Message.STORE] == [(S1, TWO, 7)]  # fmt: skip
+    assert role.report.completed
+
+
+def test_a_sync_that_succeeds_after_one_that_failed_completes_no_fua_write() -> None:
+    """Rule 11: the kernel tells of a failed write-back once; the next sync says nothing about those bytes."""
+    group = Group(1, Options(story="production"))
+    with group.limits():
+        group.create()
+        process = group.primary("p1")
+        assert group.world.run(5.0, lambda: process.alive and process.host.role.phase.value == "live")
+        errors: list[BlockError | None] = []
+        for batch in (fua_write(), fua_write()):
+            batch.done = lambda batch: errors.extend(batch.errors or [None])
+            process.volumes[1].submit(batch)
+        group.oracle.excused.add("p1")
+        file = process.machine.files["volume 1"]
+        file.fail_syncs = 1
+        group.world.run(group.world.now_s + 1, lambda: len(errors) == 2)
+    assert [error.errno_code if error else 0 for error in errors] == [errno.EIO, errno.EIO]
+
+
+def fua_write() -> Any:
+    """One block, FUA."""
+    from tests.replication.roles import write
+
+    batch = write(BLOCK)
+    batch.flags[0] = WriteFlag.FUA
+    batch.fua = True
+    return batch
+
+
+def test_saving_helper_runs_what_waits() -> None:
+    role = intermediate()
+    assert saved(role, [role.save(lambda _: [Apply(1)])]) == [Apply(1)]
