@@ -73,7 +73,7 @@ class NodeBase(ABC):
         self.links = LinkTable(self.pool)
         self.stopping = asyncio.Event()
         self._lock_fd = self._lock()
-        self._control = ControlServer(node.directory, {**self._handlers(), **self.handlers()})
+        self._control: ControlServer | None = None
         self._ticker: asyncio.TimerHandle | None = None
 
     def _lock(self) -> int:
@@ -94,6 +94,7 @@ class NodeBase(ABC):
 
     async def start(self) -> None:
         """Open the control socket, then the role's own listeners and links."""
+        self._control = ControlServer(self.node.directory, {**self._handlers(), **self.handlers()})
         await self._control.start()
         await self.open()
         self._tick()
@@ -104,7 +105,8 @@ class NodeBase(ABC):
             self._ticker.cancel()
         await self.close()
         self.links.close_all()
-        await self._control.close()
+        if self._control is not None:
+            await self._control.close()
         self.disk.close()
         self.workers.close()
         os.close(self._lock_fd)

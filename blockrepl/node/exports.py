@@ -10,6 +10,7 @@ from blockrepl.chunks import ChunkPool
 from blockrepl.definition import Definition, Node
 from blockrepl.errors import UsageError
 from blockrepl.frontends.nbd.server import NbdServer
+from blockrepl.node.control import Handler, Progress
 
 if TYPE_CHECKING:
     from blockrepl.frontends.loop.frontend import LoopFrontend
@@ -39,8 +40,11 @@ class Exports:
             await self._nbd.listen(self._node.nbd.host, self._node.nbd.port)
             self._listening = True
 
-    async def attach(self, args: dict[str, Any], progress: Any) -> dict[str, Any]:
-        """Control command "attach"."""
+    def handlers(self) -> dict[str, Handler]:
+        """Their control commands."""
+        return {"attach": self._attach, "detach": self._detach}
+
+    async def _attach(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
         name = self._serving(args)
         if "loop" not in self._definition.volume(name).frontends:
             raise UsageError(f"{name} has no loop front end", hint='add "loop" to its frontends in the definition')
@@ -50,8 +54,7 @@ class Exports:
             self._loop = LoopFrontend(lambda: self._with("loop"), self._node.directory)
         return {"device": await self._loop.attach(name, read_only=bool(args.get("read_only")))}
 
-    async def detach(self, args: dict[str, Any], progress: Any) -> dict[str, Any]:
-        """Control command "detach"."""
+    async def _detach(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
         name = str(args.get("volume"))
         if self._loop is None or name not in self._attached():
             raise UsageError(f"{name} is not attached here", hint="see: blockrepl status")

@@ -139,13 +139,7 @@ class PrimaryNode(NodeBase):
     # control
 
     def handlers(self) -> dict[str, Handler]:
-        async def attach(args: dict[str, Any], progress: Progress) -> dict[str, Any]:
-            return await self.exports.attach(args, progress)
-
-        async def detach(args: dict[str, Any], progress: Progress) -> dict[str, Any]:
-            return await self.exports.detach(args, progress)
-
-        return {"attach": attach, "detach": detach, "verify": self._verify}
+        return {**self.exports.handlers(), "verify": self._verify}
 
     async def _verify(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
         """Compare a volume with its S-VOL, each block at one number."""

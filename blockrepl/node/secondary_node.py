@@ -153,13 +153,7 @@ class SecondaryNode(NodeBase):
     # control
 
     def handlers(self) -> dict[str, Handler]:
-        async def attach(args: dict[str, Any], progress: Progress) -> dict[str, Any]:
-            return await self.exports.attach(args, progress)
-
-        async def detach(args: dict[str, Any], progress: Progress) -> dict[str, Any]:
-            return await self.exports.detach(args, progress)
-
-        return {"attach": attach, "detach": detach, "takeover": self._take_over}
+        return {**self.exports.handlers(), "takeover": self._take_over}
 
     async def _take_over(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
         if self._takeover is not None:
@@ -187,7 +181,7 @@ class SecondaryNode(NodeBase):
             "epoch": epoch_json(role.state.epoch),
             "promised": epoch_json(role.state.promised),
             "watermarks": {
-                "numbered": role.numbered_seen, "durable": role.state.held, "sent": None,
+                "numbered": role.numbered_seen, "durable": max(role.state.held, role.state.prepared), "sent": None,
                 "prepared": role.state.prepared, "validated": role.validated, "applied": role.applied,
                 "checkpoint": role.state.applied,
             },
