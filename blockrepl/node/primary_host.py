@@ -126,6 +126,8 @@ class PrimaryHost(Host):
             self.fail(f"sync failed: {error}")
         if self.role.phase is Phase.FAILED:  # a sync that succeeds after one that failed proves nothing (rule 11)
             batch.fail(BlockError(errno.EIO, "sync failed"))
+        elif self.role.fenced:  # a takeover may not have it: nobody is told that it is well (rule 24)
+            batch.fail(BlockError(errno.EIO, self.role.why_held()))
         batch.done(batch)
 
     def _store_record(self, action: StoreRecord) -> None:
@@ -238,8 +240,12 @@ class PrimaryVolume(Volume):
         def synced(error: OSError | None) -> None:
             if error is not None:
                 host.fail(f"volume {self.name}: sync failed: {error}")
-            failed = host.role.phase is Phase.FAILED
-            done(BlockError(errno.EIO, "sync failed") if failed else None)
+            if host.role.phase is Phase.FAILED:
+                done(BlockError(errno.EIO, "sync failed"))
+            elif host.role.fenced:
+                done(BlockError(errno.EIO, host.role.why_held()))
+            else:
+                done(None)
 
         host.disk.sync(self._image.fd, synced)
 

@@ -196,6 +196,27 @@ def test_a_sync_that_succeeds_after_one_that_failed_completes_no_fua_write() -> 
     assert [error.errno_code if error else 0 for error in errors] == [errno.EIO, errno.EIO]
 
 
+def test_a_primary_that_learns_of_a_takeover_completes_no_fua_write_whose_sync_ends_later() -> None:
+    """Rule 24, to the letter: acknowledged and stored, but not yet told to the host."""
+    group = Group(1, Options(story="production"))
+    with group.limits():
+        group.create()
+        process = group.primary("p1")
+        assert group.world.run(5.0, lambda: process.alive and process.host.role.phase.value == "live")
+        answers: list[Any] = []
+        batch = fua_write()
+        batch.done = lambda batch: answers.append(batch.errors)
+        process.disk.slow_until_s = group.world.now_s + 60
+        process.volumes[1].submit(batch)
+        assert group.world.run(group.world.now_s + 1, lambda: process.host.role.acked > 0)
+        assert answers == []
+        fields = {"code": Refusal.EPOCH, "epoch": TWO, "promised": TWO, "text": "taken over"}
+        process.host.role.received(process.host.role.link, Message.REFUSED, fields, process.machine.clock.now_s())
+        process.volumes[1].flush(answers.append)
+        group.world.run(group.world.now_s + 3, lambda: len(answers) == 2)
+    assert [bool(each) for each in answers] == [True, True]
+
+
 def fua_write() -> Any:
     """One block, FUA."""
     from tests.replication.roles import write
