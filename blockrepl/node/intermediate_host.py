@@ -69,6 +69,7 @@ class IntermediateHost(Host):
         self._cache: dict[int, deque[Kept]] = {node: deque() for node in role.streams.by_node}
         self._cache_bytes = 0
         self._dirty = False
+        self._settling = False
         self._replays: dict[int, ReplayJob] = {}
         self._trim_s = 0.0
         self.on_round_due: Callable[[float], None] = lambda _due_s: None  # the owner calls `round` then
@@ -104,10 +105,16 @@ class IntermediateHost(Host):
         self.perform(self.role.lost(link, self.clock.now_s()))
 
     def settle(self) -> None:
-        if self._dirty:
-            self._dirty = False
-            self._guarded(self.journal.commit)
-        super().settle()
+        if self._settling:
+            return  # a commit that ran here and now; the one under way goes on with what it brought about
+        self._settling = True
+        try:
+            while self._dirty:
+                self._dirty = False
+                self._guarded(self.journal.commit)
+        finally:
+            self._settling = False
+        self.links.settle()
         due_s = self.role.due_s()
         if due_s != INFINITY:
             self.on_round_due(due_s)
@@ -150,8 +157,10 @@ class IntermediateHost(Host):
             self._cache_bytes += kept.frame_bytes
         if last:
             self.perform(self.role.durable(last, self.clock.now_s()))
-            self._evict()
-        self._put_unfit()
+            if self._cache_bytes > CACHE_BYTES:
+                self._evict()
+        if self._unfit:
+            self._put_unfit()
         self.settle()
 
     def _put_unfit(self) -> None:
@@ -160,8 +169,6 @@ class IntermediateHost(Host):
 
     def _evict(self) -> None:
         """Memory holds only the newest: a slow secondary is served from the ring."""
-        if self._cache_bytes <= CACHE_BYTES:
-            return
         queues = sorted(self._cache.values(), key=lambda queue: queue[0].head.first if queue else float("inf"))
         for queue in queues:
             while queue and self._cache_bytes > CACHE_BYTES:

@@ -31,8 +31,6 @@ from blockrepl.replication.opening import Opening, Phase
 from blockrepl.replication.policy import Policy
 from blockrepl.replication.streams import Streams
 
-ROUNDS_IN = frozenset({Phase.SERVING, Phase.FROZEN})
-
 
 class Intermediate:
     """The intermediate of a group.
@@ -275,7 +273,8 @@ class Intermediate:
                 actions += self._welcome(sender)
         for stream_node in fed:
             actions += streams.feed(stream_node)
-        return actions + self._rounds(now_s) + self.opening.drained(now_s)
+        actions += self._rounds(now_s)
+        return actions + self.opening.drained(now_s) if self.opening.opener_waits else actions
 
     def _acknowledge(self, sender: Sender) -> list[Action]:
         if not sender.live or not sender.durable_batch:
@@ -390,7 +389,8 @@ class Intermediate:
         return self.streams.pump(stream)
 
     def _rounds(self, now_s: float) -> list[Action]:
-        if self.opening.phase in ROUNDS_IN:
+        phase = self.opening.phase
+        if phase is Phase.SERVING or phase is Phase.FROZEN:
             return self.streams.tick(self.durable_number, now_s)
         return []
 
@@ -439,7 +439,8 @@ class Intermediate:
 
     def due_s(self) -> float:
         """When the next prepare round is due, for the host's timer."""
-        if self.opening.phase not in ROUNDS_IN:
+        phase = self.opening.phase
+        if phase is not Phase.SERVING and phase is not Phase.FROZEN:
             return float("inf")
         return self.streams.due_s(self.durable_number)
 

@@ -61,18 +61,17 @@ class Opening:
         self._new_id = new_id
         self._alone = alone
         self.machine: Machine[Phase] = Machine(TABLE, Phase.STARTING)
+        self.phase = Phase.STARTING  # where we are; an attribute, since every batch asks
         self.reason = ""
         self.higher: Epoch = NO_EPOCH  # the highest epoch anybody named
         self._reports: dict[int, dict[str, Any]] = {}  # secondary → its WELCOME, with "link"
         self._answers: set[int] = set()
         self._open_at_s = 0.0
-        self._opener_link = 0
+        self.opener_waits = 0  # the opener's link, while it waits for the drain
         self._asked: Epoch = NO_EPOCH
 
-    @property
-    def phase(self) -> Phase:
-        """Where we are."""
-        return self.machine.state
+    def _go(self, event: str) -> None:
+        self.phase = self.machine.go(event)
 
     # secondaries report
 
@@ -129,7 +128,7 @@ class Opening:
         if self.phase in (Phase.FENCED, Phase.FAILED):
             return []
         owner = self._owner
-        self.machine.go("fence")
+        self._go("fence")
         self.reason = f"the secondary site has taken over in epoch {epoch.number}; this side is history"
         owner.state.promised = max(owner.state.promised, self.higher)
         return [
@@ -140,7 +139,7 @@ class Opening:
 
     def fail(self, reason: str) -> None:
         """Stop for good."""
-        self.machine.go("fail")
+        self._go("fail")
         self.reason = reason
 
     # serving
@@ -167,7 +166,7 @@ class Opening:
         ours = owner.state.epoch
         agreed = ours.number > 0 and self.higher.number <= ours.number and owner.state.promised.number <= ours.number
         if agreed and (everybody or self._alone) and all(self._fits(node) for node in self._reports):
-            self.machine.go("all agree")
+            self._go("all agree")
             return self._serve(now_s)
         if everybody and now_s >= self._open_at_s:
             return self._open()
@@ -186,7 +185,7 @@ class Opening:
 
     def _open(self) -> list[Action]:
         owner = self._owner
-        self.machine.go("open")
+        self._go("open")
         number = max(self.higher.number, owner.state.epoch.number, owner.state.promised.number) + 1
         epoch = Epoch(number, self._new_id())
         owner.state.promised = self.higher = self._asked = epoch
@@ -214,14 +213,14 @@ class Opening:
             report["epoch"] = report["promised"] = fields["epoch"]
             self._answers.add(node)
             if len(self._answers) == len(self._owner.streams.by_node):
-                self.machine.go("stored")
+                self._go("stored")
                 return self._serve(now_s)
         return []
 
     def _agree(self) -> list[Action]:
         """All have promised: store the epoch here, then everywhere."""
         owner = self._owner
-        self.machine.go("promised")
+        self._go("promised")
         self._answers.clear()
         if owner.state.epoch.number:
             owner.state.history.append((owner.state.epoch, owner.numbered))
@@ -241,11 +240,11 @@ class Opening:
     def _start_over(self, now_s: float, why: str) -> list[Action]:
         """Greet every secondary anew, then decide again."""
         owner = self._owner
-        self.machine.go("start over")
+        self._go("start over")
         self._open_at_s = now_s + owner.policy.open_backoff_s
         links = [report["link"] for report in self._reports.values()]
         self._reports.clear()
-        self._opener_link = 0
+        self.opener_waits = 0
         return [Event(f"starting over: {why}"), *(Close(link, why) for link in links)]
 
     # a takeover freezes us
@@ -266,24 +265,24 @@ class Opening:
         return [*actions, owner.save(lambda now_s: self._promise_is_durable(link, epoch, now_s))]
 
     def _freeze(self, now_s: float, why: str) -> list[Action]:
-        self.machine.go("freeze")
+        self._go("freeze")
         self.reason = why
         self._open_at_s = now_s + self._owner.policy.open_backoff_s
         return [Event(f"frozen: {why}")]
 
     def _promise_is_durable(self, link: int, epoch: Epoch, now_s: float) -> list[Action]:
         if self._owner.state.promised == epoch and self.phase is Phase.FROZEN:
-            self._opener_link = link
+            self.opener_waits = link
         return self.drained(now_s)
 
     def drained(self, now_s: float) -> list[Action]:
         """Answer the opener once everything numbered is durable and validated at all secondaries."""
         owner = self._owner
-        if not self._opener_link or self.phase is not Phase.FROZEN or owner.durable_number < owner.numbered:
+        if not self.opener_waits or self.phase is not Phase.FROZEN or owner.durable_number < owner.numbered:
             return []
         if not owner.streams.drained(owner.numbered):
             return []
-        link, self._opener_link = self._opener_link, 0
+        link, self.opener_waits = self.opener_waits, 0
         self._open_at_s = now_s + owner.policy.open_backoff_s
         return [Send(link, [self._promised(owner.state.promised)])]
 

@@ -113,14 +113,14 @@ def drain_without_freeze() -> AbstractContextManager[Any]:
         owner = self._owner
         if not fields["dry_run"]:
             owner.state.promised = self.higher = fields["epoch"]
-        self._opener_link = link
+        self.opener_waits = link
         return drained(self, now_s)
 
     def drained(self: Opening, now_s: float) -> Any:
         owner = self._owner
-        if not self._opener_link or self.phase is not Phase.SERVING or not owner.streams.drained(owner.durable_number):
+        if not self.opener_waits or self.phase is not Phase.SERVING or not owner.streams.drained(owner.durable_number):
             return []
-        link, self._opener_link = self._opener_link, 0
+        link, self.opener_waits = self.opener_waits, 0
         return [Send(link, [self._promised(owner.state.promised)])]
 
     @contextlib.contextmanager
