@@ -113,6 +113,7 @@ class Primary:
         self.queue = PendingQueue()
         self.next_batch = 1
         self.acked = state.checkpoint  # highest number known acknowledged; all of it is stored (page cache)
+        self.checkpoint = state.checkpoint  # stored durably: others may be told (rule 7)
         self.validated = 0
         self.refusal = ""  # why the intermediate last refused, or why we stopped
         self._link = 0
@@ -232,7 +233,7 @@ class Primary:
             Message.HELLO, self.state.epoch.number, version_min=VERSION_MIN, version_max=VERSION_MAX,
             role=LinkRole.PRIMARY, features=FEATURES, group=self.group, node=self.node, peer=self.intermediate,
             incarnation=self.state.incarnation, nonce=nonce, epoch=self.state.epoch, promised=self.state.promised,
-            highest=self.acked, checkpoint=self.state.checkpoint, fresh=not self.serving, name=self.name,
+            highest=self.acked, checkpoint=self.checkpoint, fresh=not self.serving, name=self.name,
         )  # fmt: skip
         return [Send(link, [hello])]
 
@@ -328,7 +329,8 @@ class Primary:
         while unsent and unsent[0].number <= welcome["batch"]:
             sent.append(unsent.popleft())
         actions = self.acknowledged(welcome["batch"], welcome["through"], now_s)
-        return actions + self._send_more()
+        # One that was stored after our HELLO went out; an idle primary would never tell it otherwise.
+        return actions + self._tell_checkpoint() + self._send_more()
 
     def record(self, link: int, head: RecordHead, record: memoryview, now_s: float) -> list[Action]:
         """A record of this primary's own comes back while replaying."""
@@ -375,15 +377,16 @@ class Primary:
         if self.machine.state is Phase.FAILED:
             return []
         self.state.checkpoint = max(self.state.checkpoint, number)
-        return [self._save(purpose)]
+        return [SaveState(self._next_token(purpose, self.state.checkpoint))]
 
     def saved(self, token: int, now_s: float) -> list[Action]:
         """The state file is durable."""
-        purpose, link = self._tokens.pop(token)
+        purpose, number = self._tokens.pop(token)
         if purpose == "welcome":
-            return self._enter(now_s) if link == self._link and self._welcome and self.machine.may("welcome") else []
+            return self._enter(now_s) if number == self._link and self._welcome and self.machine.may("welcome") else []
         if purpose == "fence":
             return []
+        self.checkpoint = max(self.checkpoint, number)
         if purpose == "settle":
             return self._settled(now_s)
         self._checkpointing = False
@@ -402,7 +405,7 @@ class Primary:
     def _tell_checkpoint(self) -> list[Action]:
         if self.machine.state is not Phase.LIVE:
             return []
-        message = encode(Message.CHECKPOINT, self.state.epoch.number, number=self.state.checkpoint)
+        message = encode(Message.CHECKPOINT, self.state.epoch.number, number=self.checkpoint)
         return [Send(self._link, [message])]
 
     def failed(self, reason: str) -> list[Action]:

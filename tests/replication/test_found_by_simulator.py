@@ -10,7 +10,7 @@ from blockrepl.errors import BlockError
 from blockrepl.formats.link import LinkRole, Message, Refusal
 from blockrepl.formats.record import frame_bytes
 from blockrepl.replication import opening
-from blockrepl.replication.actions import Apply, Close
+from blockrepl.replication.actions import Apply, Close, SyncVolumes
 from blockrepl.replication.secondary import Phase
 from blockrepl.replication.takeover import Takeover
 from tests.replication.roles import (
@@ -21,6 +21,7 @@ from tests.replication.roles import (
     ONE,
     P1,
     P2,
+    POLICY,
     S1,
     S2,
     THREE,
@@ -28,15 +29,19 @@ from tests.replication.roles import (
     greet,
     hello,
     intermediate,
+    live,
     messages,
     one,
+    primary,
     raw_batch,
     report,
     saved,
     secondary,
     send_batch,
     serving,
+    welcome,
     words,
+    write,
 )
 from tests.sim.group import Group, Options
 from tests.sim.process import BLOCK
@@ -118,6 +123,20 @@ def test_a_secondary_that_holds_a_takeovers_number_without_a_note_of_it_has_lost
     assert asked[105] == 11
     actions = role.received(105, Message.PREPARED, {"number": 11, "applied": 10, "credit": FREE}, 1.0)
     assert (105, Message.VALIDATE, {"number": 11}) in messages(actions)
+
+
+def test_a_checkpoint_that_is_stored_while_the_primary_greets_is_told_with_the_welcome() -> None:
+    """HELLO named the one before; an idle primary has no other to tell, and its records would stay in the ring."""
+    role = live(primary())
+    role.submit(1, write(), 0.0)
+    role.received(1, Message.ACK, {"batch": 1, "number": 5, "validated": 0, "credit": FREE}, 0.0)
+    actions = [each for each in role.tick(POLICY.checkpoint_s + 1, 1) if isinstance(each, SyncVolumes)]
+    role.lost(1, 1.6)
+    saves = role.volumes_synced(actions[0].token, 1.7)
+    assert one(role.connected(2, NONCE, 1.8), Message.HELLO)["checkpoint"] == 0  # not stored yet (rule 7)
+    saved(role, saves)
+    actions = role.received(2, Message.WELCOME, welcome(through=5, batch=1, credit=FREE), 1.9)
+    assert one(actions, Message.CHECKPOINT) == {"number": 5}
 
 
 def test_a_restarted_secondary_applies_what_is_validated_without_being_told_again() -> None:
@@ -219,8 +238,6 @@ def test_a_primary_that_learns_of_a_takeover_completes_no_fua_write_whose_sync_e
 
 def fua_write() -> Any:
     """One block, FUA."""
-    from tests.replication.roles import write
-
     batch = write(BLOCK)
     batch.flags[0] = WriteFlag.FUA
     batch.fua = True

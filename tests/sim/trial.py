@@ -51,7 +51,7 @@ def trial(group: Group) -> None:
     if not world.run(PATIENCE_S, lambda: bool(finished)):
         raise Violation("a trial takeover does not end")
     if finished[0].phase is not TakeoverPhase.DONE:
-        if "was not part of the takeover" in finished[0].problem:
+        if group.forced:  # one may have been rolled beyond what the other holds: said, and up to the operator
             return
         raise Violation(f"a trial takeover fails: {finished[0].problem}")
     number = finished[0].report.number
