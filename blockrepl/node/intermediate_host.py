@@ -15,6 +15,7 @@ from blockrepl.formats.record import RecordHead, decode_batch, frame_bytes
 from blockrepl.formats.state import encode_intermediate
 from blockrepl.node.host import Host
 from blockrepl.node.ports import Clock, Links, Log, Workers
+from blockrepl.node.trimmer import Trimmer
 from blockrepl.replication.actions import Append, Replay, SaveState, Transmit
 from blockrepl.replication.intermediate import Intermediate
 from blockrepl.replication.policy import TRANSMIT_BYTES
@@ -24,7 +25,6 @@ from blockrepl.storage.journal_file import JournalFile
 CACHE_BYTES = 48 << 20  # newest records kept in memory for the secondaries; older ones are read from the ring
 REPLAY_QUEUE_BYTES = 8 << 20  # a replay pauses while the primary has this much to read
 INFINITY = float("inf")
-TRIM_SHARE = 16  # the superblock is written when this part of the ring can go, or once a second
 
 
 @dataclass(slots=True)
@@ -71,7 +71,7 @@ class IntermediateHost(Host):
         self._dirty = False
         self._settling = False
         self._replays: dict[int, ReplayJob] = {}
-        self._trim_s = 0.0
+        self._trimmer = Trimmer(journal, self._state, self._trimmed)
         self.on_round_due: Callable[[float], None] = lambda _due_s: None  # the owner calls `round` then
         self._reserve_bytes = journal.journal.ring_bytes // 4  # for PADs, and so that credit is never overdrawn
         journal.on_durable = self._durable
@@ -91,7 +91,7 @@ class IntermediateHost(Host):
         self.perform(self.role.tick(now_s, self.clock.boot_ns()))
         for job in list(self._replays.values()):
             self._replay_more(job)
-        self._maybe_trim(now_s)
+        self._guarded(lambda: self._trimmer.trim(self.role.releasable, now_s))
         self.settle()
 
     def round(self) -> None:
@@ -183,25 +183,15 @@ class IntermediateHost(Host):
         self.perform(self.role.fail(str(error)))
         self.links.settle()
 
+    def _state(self) -> bytes:
+        return encode_intermediate(self.role.durable_state())
+
     def _save(self, action: SaveState) -> None:
-        state = encode_intermediate(self.role.durable_state())
-        self._guarded(lambda: self.journal.save(state, done=lambda: self._saved(action.token)))
+        self._guarded(lambda: self.journal.save(self._state(), done=lambda: self._saved(action.token)))
 
     def _saved(self, token: int) -> None:
         self.perform(self.role.saved(token, self.clock.now_s()))
         self.settle()
-
-    def _maybe_trim(self, now_s: float) -> None:
-        journal = self.journal.journal
-        if self.journal.failed is not None:
-            return
-        position = min(journal.position_after(self.role.releasable), journal.durable)
-        gain = position - journal.head
-        if gain <= 0 or (gain < journal.ring_bytes // TRIM_SHARE and now_s - self._trim_s < 1.0):
-            return
-        self._trim_s = now_s
-        state = encode_intermediate(self.role.durable_state())
-        self._guarded(lambda: self.journal.save(state, trim_to=position, done=self._trimmed))
 
     def _trimmed(self) -> None:
         self._tell_room()

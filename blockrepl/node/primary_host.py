@@ -15,6 +15,7 @@ from blockrepl.node.digests import VERIFY_BLOCK_BYTES, digest_range
 from blockrepl.node.host import Host
 from blockrepl.node.ports import Clock, Disk, Image, Links, Log, Workers
 from blockrepl.node.store import store_record
+from blockrepl.node.volume_sync import VolumeSync
 from blockrepl.replication.actions import (
     DigestBlocks,
     Digested,
@@ -50,7 +51,7 @@ class PrimaryHost(Host):
         self.disk = disk
         self.on_digested: Callable[[dict[str, Any]], None] = lambda _fields: None
         self._save_blob = save_blob
-        self._dirty: set[int] = set()
+        self._sync = VolumeSync(images, disk, workers)
         self._waiting: list[Callable[[], None]] = []
         self._performers |= {
             StoreBatch: self._store_batch,
@@ -107,7 +108,7 @@ class PrimaryHost(Host):
             told, batch.errors = batch.errors, None
             self.images[action.volume].store(batch)
             stored, batch.errors = batch.errors, told if not action.report else batch.errors
-            self._dirty.add(action.volume)
+            self._sync.touch((action.volume,))
         elif action.report:
             batch.fail(BlockError(errno.EIO, "the primary stopped after a disk error"))
         batch.release()
@@ -132,7 +133,7 @@ class PrimaryHost(Host):
 
     def _store_record(self, action: StoreRecord) -> None:
         try:
-            self._dirty |= store_record(self.images, action.head, action.record)
+            self._sync.touch(store_record(self.images, action.head, action.record))
         except OSError as error:
             self.perform(self.role.failed(f"replay: {error}"))
 
@@ -141,22 +142,13 @@ class PrimaryHost(Host):
         action.batch.done(action.batch)
 
     def _sync_volumes(self, action: SyncVolumes) -> None:
-        dirty, self._dirty = self._dirty, set()
-        waiting = len(dirty)
-        if not waiting:
-            self.workers.later(lambda: self._volumes_synced(action.token))
-            return
-
         def synced(error: OSError | None) -> None:
-            nonlocal waiting
-            waiting -= 1
             if error is not None:
                 self.fail(f"sync failed: {error}")
-            elif not waiting:
+            else:
                 self._volumes_synced(action.token)
 
-        for volume in sorted(dirty):
-            self.disk.sync(self.images[volume].fd, synced)
+        self._sync.sync(synced)
 
     def _volumes_synced(self, token: int) -> None:
         if self.role.phase is not Phase.FAILED:

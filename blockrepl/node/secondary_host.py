@@ -23,6 +23,8 @@ from blockrepl.node.digests import digest_range
 from blockrepl.node.host import Host
 from blockrepl.node.ports import Clock, Disk, Image, Links, Log, Workers
 from blockrepl.node.store import store_record
+from blockrepl.node.trimmer import Trimmer
+from blockrepl.node.volume_sync import VolumeSync
 from blockrepl.replication.actions import (
     Append,
     AppendNote,
@@ -39,7 +41,6 @@ from blockrepl.storage.journal_file import JournalFile
 CACHE_BYTES = 48 << 20  # records kept in memory until they are applied; the rest is read back from the journal
 SLICE_BYTES = 8 << 20  # what is applied before the loop gets its turn
 COMMIT_BYTES = 16 << 20  # synced early when no PREPARE asks for it
-TRIM_SHARE = 16
 _DIGEST = int(RecordKind.DIGEST)
 
 
@@ -82,13 +83,13 @@ class SecondaryHost(Host):
         self._cached_bytes = 0
         self._target = 0
         self._applying = False
-        self._dirty: set[int] = set()
+        self._sync = VolumeSync(images, disk, workers)
         self._commit = False
         self._notes: deque[tuple[int, int, int]] = deque()  # (position, number, epoch)
         self._syncs: deque[tuple[int, int]] = deque()  # (position, token)
         self._unfit: deque[Append | AppendNote] = deque()
         self._trim_number = 0
-        self._trim_s = 0.0
+        self._trimmer = Trimmer(journal, self._state, self._trimmed)
         self._reserve_bytes = journal.journal.ring_bytes // 4
         self._performers |= {
             Append: self._append,
@@ -121,7 +122,8 @@ class SecondaryHost(Host):
         """Time passes."""
         now_s = self.clock.now_s()
         self.perform(self.role.tick(now_s, self.clock.boot_ns()))
-        self._maybe_trim(now_s)
+        if self.role.phase not in (Phase.STORING, Phase.FAILED):
+            self._guarded(lambda: self._trimmer.trim(self._trim_number, now_s))
         self.settle()
 
     def lost(self, link: int) -> None:
@@ -225,24 +227,14 @@ class SecondaryHost(Host):
         self.perform(self.role.done(token, self.clock.now_s()))
         self.settle()
 
+    def _state(self) -> bytes:
+        return encode_secondary(self.role.durable_state())
+
     def _save(self, action: SaveState) -> None:
-        state = encode_secondary(self.role.durable_state())
-        self._guarded(lambda: self.journal.save(state, done=lambda: self._done(action.token)))
+        self._guarded(lambda: self.journal.save(self._state(), done=lambda: self._done(action.token)))
 
     def _trim(self, action: Trim) -> None:
         self._trim_number = action.number
-
-    def _maybe_trim(self, now_s: float) -> None:
-        journal = self.journal.journal
-        if self.journal.failed is not None or self.role.phase in (Phase.STORING, Phase.FAILED):
-            return
-        position = min(journal.position_after(self._trim_number), journal.durable)
-        gain = position - journal.head
-        if gain <= 0 or (gain < journal.ring_bytes // TRIM_SHARE and now_s - self._trim_s < 1.0):
-            return
-        self._trim_s = now_s
-        state = encode_secondary(self.role.durable_state())
-        self._guarded(lambda: self.journal.save(state, trim_to=position, done=self._trimmed))
 
     def _trimmed(self) -> None:
         self._tell_room()
@@ -327,7 +319,7 @@ class SecondaryHost(Host):
             if head.kind == _DIGEST:
                 self._compare(head, record)
             else:
-                self._dirty |= store_record(self.images, head, record)
+                self._sync.touch(store_record(self.images, head, record))
         except OSError as error:
             self._fail(f"cannot store record {head.first}: {error}")
             return False
@@ -352,19 +344,10 @@ class SecondaryHost(Host):
         self.perform(self.role.digested(fields))
 
     def _sync_volumes(self, action: SyncVolumes) -> None:
-        dirty, self._dirty = self._dirty, set()
-        waiting = len(dirty)
-        if not waiting:
-            self.workers.later(lambda: self._done(action.token))
-            return
-
         def synced(error: OSError | None) -> None:
-            nonlocal waiting
-            waiting -= 1
             if error is not None:
                 self._fail(f"sync failed: {error}")
-            elif not waiting:
+            else:
                 self._done(action.token)
 
-        for volume in sorted(dirty):
-            self.disk.sync(self.images[volume].fd, synced)
+        self._sync.sync(synced)

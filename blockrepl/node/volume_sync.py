@@ -1,0 +1,51 @@
+"""Makes images durable: those that were written since they last were."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from blockrepl.node.ports import Disk, Image, Workers
+
+
+class VolumeSync:
+    """What has been written and not synced, of the images of a node.
+
+    Invariant: an image leaves ``_unsynced`` only when a sync that began after its last write has ended well.
+    """
+
+    def __init__(self, images: Mapping[int, Image], disk: Disk, workers: Workers) -> None:
+        self._images = images
+        self._disk = disk
+        self._workers = workers
+        self._unsynced: dict[int, int] = {}  # volume → how often it was touched since it was clean
+
+    def touch(self, volumes: Iterable[int]) -> None:
+        """These were written."""
+        for volume in volumes:
+            self._unsynced[volume] = self._unsynced.get(volume, 0) + 1
+
+    def sync(self, done: Callable[[OSError | None], None]) -> None:
+        """Make durable all that was written before this call, then ``done`` on the loop; with the first error at once.
+
+        An image whose sync is under way for somebody else is waited for too.
+        """
+        wanted = dict(self._unsynced)
+        waiting = len(wanted)
+        failed = False
+        if not waiting:
+            self._workers.later(lambda: done(None))
+            return
+
+        def synced(volume: int, error: OSError | None) -> None:
+            nonlocal waiting, failed
+            waiting -= 1
+            if error is None and self._unsynced.get(volume) == wanted[volume]:
+                del self._unsynced[volume]
+            if failed:
+                return
+            failed = error is not None
+            if failed or not waiting:
+                done(error)
+
+        for volume in sorted(wanted):
+            self._disk.sync(self._images[volume].fd, lambda error, volume=volume: synced(volume, error))
