@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 from blockrepl.node.ports import Disk, Image, Workers
 
@@ -48,4 +49,4 @@ class VolumeSync:
                 done(error)
 
         for volume in sorted(wanted):
-            self._disk.sync(self._images[volume].fd, lambda error, volume=volume: synced(volume, error))
+            self._disk.sync(self._images[volume].fd, partial(synced, volume))
