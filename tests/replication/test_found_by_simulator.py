@@ -130,9 +130,9 @@ def test_a_checkpoint_that_is_stored_while_the_primary_greets_is_told_with_the_w
     role = live(primary())
     role.submit(1, write(), 0.0)
     role.received(1, Message.ACK, {"batch": 1, "number": 5, "validated": 0, "credit": FREE}, 0.0)
-    actions = [each for each in role.tick(POLICY.checkpoint_s + 1, 1) if isinstance(each, SyncVolumes)]
+    syncs = [each for each in role.tick(POLICY.checkpoint_s + 1, 1) if isinstance(each, SyncVolumes)]
     role.lost(1, 1.6)
-    saves = role.volumes_synced(actions[0].token, 1.7)
+    saves = role.volumes_synced(syncs[0].token, 1.7)
     assert one(role.connected(2, NONCE, 1.8), Message.HELLO)["checkpoint"] == 0  # not stored yet (rule 7)
     saved(role, saves)
     actions = role.received(2, Message.WELCOME, welcome(through=5, batch=1, credit=FREE), 1.9)
