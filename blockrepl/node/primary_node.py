@@ -200,7 +200,8 @@ class PrimaryNode(NodeBase):
         return {
             "state": role.phase.value if self._replicated else "serving",
             "reason": role.why_held() if self._replicated else "",
-            "ready": live or not self._replicated,
+            # A role that is live exports at the next tick: until then hosts would be turned away.
+            "ready": (live or not self._replicated) and len(self.exports.volumes) == len(self._volumes),
             "epoch": epoch_json(role.state.epoch),
             "promised": epoch_json(role.state.promised),
             "incarnation": role.state.incarnation,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
+import resource
 import signal
 
 import uvloop
@@ -55,8 +57,16 @@ async def serve(definition: Definition, name: str, *, alone: bool = False) -> No
 
 def run(definition: Definition, name: str, *, alone: bool = False) -> None:
     """As `serve`, on a loop of its own."""
+    _allow_many_files()
     # Batches, views and actions come and go by reference counts; the collector has nothing to find among them.
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
     uvloop.run(serve(definition, name, alone=alone))
+
+
+def _allow_many_files() -> None:
+    """Debian gives 1024 descriptors and allows many more; a thousand silent connections must not lock anybody out."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -208,6 +208,11 @@ class Intermediate:
             self.senders.detach(link)
         return actions
 
+    def dismiss_opener(self, code: Refusal, text: str) -> list[Action]:
+        """Close the opener's link, saying why; it then goes on without us."""
+        link, self.opener_link = self.opener_link, 0
+        return [self._refuse(link, code, text)] if link else []
+
     # hop 1: batches
 
     def batch(

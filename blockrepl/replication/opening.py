@@ -135,6 +135,7 @@ class Opening:
             Event(f"fenced: {self.reason}"),
             owner.save(lambda _: []),
             *owner.dismiss_primaries(Refusal.EPOCH, self.reason),
+            *owner.dismiss_opener(Refusal.STATE, self.reason),  # it waits for a drain that no secondary takes any more
         ]
 
     def fail(self, reason: str) -> None:

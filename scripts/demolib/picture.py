@@ -8,6 +8,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
@@ -86,11 +87,11 @@ class Picture:
 
 
 def _draw(group: NodeGroup, ledger: Ledger) -> RenderableType:
-    table = Table(expand=False, title_justify="left")
-    for heading in ("NODE", "ROLE", "STATE"):
-        table.add_column(heading)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))  # fits 80 columns
+    for heading in ("NODE", "", "STATE"):
+        table.add_column(heading, no_wrap=True)
     for heading in ("NUMBERED", "DURABLE", "PREPARED", "VALIDATED", "APPLIED", "LAG", "JOURNAL"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     statuses = group.statuses()
     lags = {peer["node"]: peer.get("lag_writes") for status in statuses for peer in status.get("peers") or []}
     for status in statuses:
@@ -108,7 +109,7 @@ def _cells(status: dict[str, Any], lags: dict[str, Any]) -> list[RenderableType]
     lag = lags.get(status["node"]) if status["role"] == "secondary" else None
     keys = ("numbered", "durable", "prepared", "validated", "applied")
     return [
-        status["node"], status["role"], Text(state, _STATE_STYLES.get(state, "yellow")),
+        status["node"], status["role"][0].upper(), Text(state, _STATE_STYLES.get(state, "yellow")),
         *(_number(marks.get(key)) for key in keys), _number(lag), fill,
     ]  # fmt: skip
 
