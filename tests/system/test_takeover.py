@@ -104,7 +104,7 @@ def test_the_old_site_that_wakes_does_not_go_on(group: RealGroup, intermediate_l
         "the intermediate knows that it is fenced",
     )
     wait_for(
-        lambda: "taken over" in (answers(lambda: group.status("p1")) or {}).get("reason", ""),
+        lambda: "epoch" in (answers(lambda: group.status("p1")) or {}).get("reason", ""),
         "the old primary says why it does not serve",
     )
     assert not group.status("p1")["ready"]
