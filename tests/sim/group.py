@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from random import Random
 from unittest import mock
 
 from blockrepl.replication.opening import Phase as OpeningPhase
@@ -90,9 +91,10 @@ def small(ring_bytes: int, cache_bytes: int) -> Iterator[None]:
 class Group:
     """Two primaries, an intermediate, two secondaries, on a machine each."""
 
-    def __init__(self, seed: int, options: Options | None = None) -> None:
+    def __init__(self, seed: int, options: Options | None = None, chance: Random | None = None) -> None:
+        """``chance``: instead of what the seed gives."""
         self.options = options = options or Options()
-        self.world = world = World(seed)
+        self.world = world = World(seed, chance)
         random = self.random = world.random
         self.network = Network(world)
         self.network.duplicate = random.choice([0, 0, 0.01])

@@ -61,8 +61,12 @@ class SimStream:
     def send(self, buffers: Sequence[Buffer], chunk: Chunk | None = None) -> None:
         """As `Stream.send`: the kernel takes a copy."""
         if not self.closed and not self._closing:
-            self._connection.processes[self._side].effect()
-            self._connection.send(self._side, b"".join(buffers))
+            process, peer = self._connection.processes[self._side], self._connection.processes[1 - self._side]
+            process.effect()
+            data = b"".join(buffers)
+            if process.world.on_message is not None:
+                process.world.on_message(process, peer.name, data)
+            self._connection.send(self._side, data)
         if chunk is not None:
             chunk.release()
 

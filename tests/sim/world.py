@@ -30,9 +30,10 @@ class World:
     ``checks`` run after every event.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, random: Random | None = None) -> None:
         self.seed = seed
-        self.random = Random(seed)
+        self.random = random or Random(seed)
+        self.on_message: Callable[[Process, str, bytes], None] | None = None  # from, to, bytes
         self.now_s = 0.0
         self.steps = 0
         self.trace: deque[tuple[float, str, str]] = deque(maxlen=TRACE_LINES)

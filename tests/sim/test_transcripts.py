@@ -1,0 +1,112 @@
+"""The main conversations, word for word. BLOCKREPL_TRANSCRIPTS=write writes them anew: read the difference."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.sim.transcript import Transcript
+
+TEXTS = Path(__file__).parent.parent / "transcripts"
+
+
+def start(talk: Transcript) -> None:
+    talk.note("five processes start; nothing was ever written")
+    talk.group.create()
+    talk.quiet()
+
+
+def one_write(talk: Transcript) -> None:
+    start(talk)
+    talk.lines.clear()
+    talk.note("a host writes one block of volume 1")
+    talk.write(1)
+    talk.quiet()
+
+
+def primary_reconnects(talk: Transcript) -> None:
+    start(talk)
+    talk.lines.clear()
+    group = talk.group
+    talk.note("p1 cannot reach the intermediate; a host writes")
+    group.network.cut("p1", "i")
+    talk.write(1)
+    talk.quiet(1.5)
+    talk.note("the network works again")
+    group.network.heal_all()
+    talk.quiet()
+
+
+def primary_restarts(talk: Transcript) -> None:
+    start(talk)
+    talk.write(1)
+    assert talk.group.world.run(talk.group.world.now_s + 1, lambda: talk.group.oracle.completions == 1)
+    talk.lines.clear()
+    talk.note("p1 is killed, with a write since its last checkpoint, and starts again")
+    process = talk.group.primary("p1")
+    process.crash()
+    process.boot()
+    talk.quiet()
+
+
+def secondary_restarts(talk: Transcript) -> None:
+    start(talk)
+    talk.write(1)
+    talk.quiet()
+    talk.lines.clear()
+    talk.note("s1 loses power; a host writes; s1 starts again")
+    process = talk.group.secondary("s1")
+    process.cut_power()
+    talk.write(1)
+    talk.quiet(1.5)
+    process.power_on()
+    process.boot()
+    talk.quiet()
+
+
+def takeover_with_the_intermediate(talk: Transcript) -> None:
+    start(talk)
+    talk.write(1)
+    talk.quiet()
+    talk.lines.clear()
+    talk.note("an operator takes over at s1 while everything works")
+    talk.group.operate("s1")
+    talk.quiet(0.15)
+
+
+def takeover_without_the_intermediate(talk: Transcript) -> None:
+    start(talk)
+    talk.write(1)
+    talk.quiet()
+    group = talk.group
+    talk.lines.clear()
+    talk.note("s1 is cut off; a host writes to a volume whose secondary is s2; then all but the secondaries burns")
+    group.network.cut("i", "s1")
+    talk.write(2)
+    talk.quiet(0.3)
+    for name in ("p1", "p2", "i"):
+        group.processes[name].cut_power()
+    talk.note("an operator takes over at s1: the write was acknowledged, but not at all secondaries")
+    group.operate("s1")
+    talk.quiet(3)
+
+
+CONVERSATIONS = [
+    start, one_write, primary_reconnects, primary_restarts, secondary_restarts, takeover_with_the_intermediate,
+    takeover_without_the_intermediate,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS, ids=[each.__name__ for each in CONVERSATIONS])
+def test_a_conversation_goes_as_written(conversation: Callable[[Transcript], None]) -> None:
+    talk = Transcript()
+    with talk.group.limits():
+        conversation(talk)
+    text = "\n".join(talk.lines) + "\n"
+    path = TEXTS / f"{conversation.__name__}.txt"
+    if os.environ.get("BLOCKREPL_TRANSCRIPTS") == "write":
+        path.write_text(text)
+    assert text == path.read_text()
