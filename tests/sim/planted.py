@@ -28,6 +28,7 @@ Planted = Callable[[], AbstractContextManager[Any]]
 PRODUCTION = Options(story="production", fault_every_s=0.3)
 POWER = Options(story="production", fault_every_s=0.25, faults=("power", "site"))
 SLOW = Options(story="production", threads=12, fault_every_s=0.1, faults=("kill", "kill in mid-step", "slow disk"))
+SLOW_POWER = Options(story="production", threads=12, fault_every_s=0.12, faults=("power", "slow disk"))
 PLANNED = Options(story="planned", threads=12, faults=())
 
 
@@ -235,7 +236,7 @@ PLANTED: list[tuple[Planted, Options]] = [
     (acknowledge_before_durable, POWER),
     (journal_without_sync, POWER),
     (prepared_before_the_sync, POWER),
-    (undurable_records_forwarded, POWER),
+    (undurable_records_forwarded, SLOW_POWER),
     (validated_from_one_secondary, PRODUCTION),
     (recovery_without_sync, SLOW),
     (serve_before_replay, POWER),

@@ -81,7 +81,11 @@ class Transcript:
                 group.oracle.complete(process, ours)
 
         batch.done = done
-        group.world.enter(process, lambda: process.volumes[volume].submit(batch))
+
+        def submit() -> None:
+            process.volumes[volume].submit(batch)
+
+        group.world.enter(process, submit)
         return ours
 
     def _message(self, process: Process, peer: str, data: bytes) -> None:
