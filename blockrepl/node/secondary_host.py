@@ -85,7 +85,7 @@ class SecondaryHost(Host):
         self._applying = False
         self._sync = VolumeSync(images, disk, workers)
         self._commit = False
-        self._notes: deque[tuple[int, int, int]] = deque()  # (position, number, epoch)
+        self._notes: deque[tuple[int, int, int, int]] = deque()  # (position, number, epoch, received)
         self._syncs: deque[tuple[int, int]] = deque()  # (position, token)
         self._unfit: deque[Append | AppendNote] = deque()
         self._trim_number = 0
@@ -164,7 +164,7 @@ class SecondaryHost(Host):
             position = self.journal.append(
                 FrameKind.NOTE, action.number, 0, 0, 0, action.epoch & 0xFFFFFFFF, (), 0
             )  # fmt: skip
-            self._notes.append((position, action.number, action.epoch))
+            self._notes.append((position, action.number, action.epoch, action.received))
             self._commit = True
             return
         head = action.head
@@ -180,11 +180,11 @@ class SecondaryHost(Host):
     def _durable(self, position: int) -> None:
         now_s = self.clock.now_s()
         notes, syncs = self._notes, self._syncs
-        number, epoch = 0, 0
+        number, epoch, received = 0, 0, 0
         while notes and notes[0][0] <= position:
-            _, number, epoch = notes.popleft()
+            _, number, epoch, received = notes.popleft()
         if number:
-            self.perform(self.role.noted(number, epoch, now_s))
+            self.perform(self.role.noted(number, epoch, now_s, received))
         while syncs and syncs[0][0] <= position:
             self.perform(self.role.done(syncs.popleft()[1], now_s))
         self._put_unfit()

@@ -43,10 +43,14 @@ class Append:
 
 @dataclass(slots=True)
 class AppendNote:
-    """Append the note "prepared ``number`` in this epoch" to a secondary's journal and sync; answered by `noted`."""
+    """Append the note "prepared ``number`` in this epoch" to a secondary's journal and sync; answered by `noted`.
+
+    ``received``: the last record that stands before it.
+    """
 
     number: int
     epoch: int
+    received: int
 
 
 @dataclass(slots=True)

@@ -106,7 +106,7 @@ class Secondary:
         self._credit = 0
         self._credit_used = 0
         self.free_bytes = 0
-        self._notes: deque[tuple[int, int, int]] = deque()  # (number, link, received when it was written)
+        self._notes: deque[tuple[int, int]] = deque()  # (number, link)
         self._token = 0
         self._then: dict[int, Callable[[float], list[Action]]] = {}
         self._truncating: dict[int, Callable[[int, int, float], list[Action]]] = {}
@@ -294,15 +294,18 @@ class Secondary:
         self.numbered_seen = max(self.numbered_seen, number)
         if number <= self.state.prepared:
             return [self._prepared(link, number)]
-        self._notes.append((number, link, self.received))
-        return [AppendNote(number, self.state.epoch.number)]
+        self._notes.append((number, link))
+        return [AppendNote(number, self.state.epoch.number, self.received)]
 
-    def noted(self, number: int, epoch: int, now_s: float) -> list[Action]:
-        """The note and all records before it are durable (one sync)."""
+    def noted(self, number: int, epoch: int, now_s: float, received: int = 0) -> list[Action]:
+        """The note and all records before it, ``received`` the last of them, are durable (one sync).
+
+        It may be a note that an older link asked for: what has come since is not spoken for.
+        """
         notes = self._notes
-        link, received = 0, 0
+        link = 0
         while notes and notes[0][0] <= number:
-            _, link, received = notes.popleft()
+            _, link = notes.popleft()
         if epoch != self.state.epoch.number or self.phase is Phase.FAILED:
             return []
         self.state.prepared = max(self.state.prepared, number)

@@ -10,7 +10,7 @@ from blockrepl.errors import BlockError
 from blockrepl.formats.link import LinkRole, Message, Refusal
 from blockrepl.formats.record import frame_bytes
 from blockrepl.replication import opening
-from blockrepl.replication.actions import Apply, Close, SyncVolumes
+from blockrepl.replication.actions import AppendNote, Apply, Close, SyncVolumes
 from blockrepl.replication.secondary import Phase
 from blockrepl.replication.takeover import Takeover
 from tests.replication.roles import (
@@ -31,6 +31,7 @@ from tests.replication.roles import (
     intermediate,
     live,
     messages,
+    numbered,
     one,
     primary,
     raw_batch,
@@ -137,6 +138,20 @@ def test_a_checkpoint_that_is_stored_while_the_primary_greets_is_told_with_the_w
     saved(role, saves)
     actions = role.received(2, Message.WELCOME, welcome(through=5, batch=1, credit=FREE), 1.9)
     assert one(actions, Message.CHECKPOINT) == {"number": 5}
+
+
+def test_an_older_links_note_does_not_speak_for_what_came_on_the_newer_one() -> None:
+    """Else records that are not durable count as held: given up from memory, and missing after a power loss."""
+    role = secondary(held=4)
+    role.accepted(7, hello(LinkRole.INTERMEDIATE, MID, S1), 0.0)
+    older = role.received_message(7, Message.PREPARE, {"number": 8, "stream_last": 4}, 1, 0.0)[0]
+    assert isinstance(older, AppendNote)
+    role.accepted(8, hello(LinkRole.INTERMEDIATE, MID, S1), 0.0)
+    head, record, chunk = numbered(9, 4)
+    role.record(8, head, 1, record, chunk)
+    role.received_message(8, Message.PREPARE, {"number": 8, "stream_last": 4}, 1, 0.0)
+    role.noted(older.number, older.epoch, 0.0, older.received)
+    assert (role.state.prepared, role.state.held) == (8, 4)
 
 
 def test_a_restarted_secondary_applies_what_is_validated_without_being_told_again() -> None:

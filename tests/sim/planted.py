@@ -143,9 +143,9 @@ def prepared_without_a_note() -> AbstractContextManager[Any]:
     def prepare(self: Secondary, link: int, number: int, stream_last: int) -> Any:
         if number <= self.state.prepared:
             return [self._prepared(link, number)]
-        self._notes.append((number, link, self.received))
-        epoch = self.state.epoch.number
-        return [SyncJournal(self._later(lambda now_s: self.noted(number, epoch, now_s)))]
+        self._notes.append((number, link))
+        epoch, received = self.state.epoch.number, self.received
+        return [SyncJournal(self._later(lambda now_s: self.noted(number, epoch, now_s, received)))]
 
     return replaced(Secondary, "_prepare", prepare)
 
@@ -154,8 +154,8 @@ def apply_before_validate() -> AbstractContextManager[Any]:
     """Rule 14: what is prepared is applied at once."""
     original = Secondary.noted
 
-    def noted(self: Secondary, number: int, epoch: int, now_s: float) -> Any:
-        actions = original(self, number, epoch, now_s)
+    def noted(self: Secondary, number: int, epoch: int, now_s: float, received: int = 0) -> Any:
+        actions = original(self, number, epoch, now_s, received)
         if actions:
             self.validated = max(self.validated, number)
             actions.append(Apply(number))
