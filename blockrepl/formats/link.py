@@ -160,6 +160,7 @@ _bodies: dict[int, Any] = {
         "credit" / Int64ub,
     ),
     Message.ACK: Struct(
+        "incarnation" / Int64ub,  # of the primary whose batches are meant: those of each process count from 1
         "batch" / Int64ub,  # every batch up to it is durable
         "number" / Int64ub,  # the last number of that batch
         "validated" / Int64ub,
@@ -169,7 +170,13 @@ _bodies: dict[int, Any] = {
     Message.REPLAY: Struct("after" / Int64ub),
     Message.REPLAYED: Struct("through" / Int64ub),
     Message.PREPARE: Struct("number" / Int64ub, "stream_last" / Int64ub),
-    Message.PREPARED: Struct("number" / Int64ub, "applied" / Int64ub, "credit" / Int64ub),
+    Message.PREPARED: Struct(
+        "epoch_number"
+        / Int64ub,  # in which it was noted: an older one speaks of records that a takeover may have discarded
+        "number" / Int64ub,
+        "applied" / Int64ub,
+        "credit" / Int64ub,
+    ),
     Message.VALIDATE: Struct("number" / Int64ub),
     Message.DIGESTED: Struct(
         "number" / Int64ub,  # last number of the digest record
@@ -225,15 +232,15 @@ class Epoch(NamedTuple):
 NO_EPOCH = Epoch(0, bytes(16))
 
 # The messages of the hot path, packed by hand; a test proves them equal to the declarations above.
+_FIVE = struct.Struct(">QQQQQ")
 _FOUR = struct.Struct(">QQQQ")
-_THREE = struct.Struct(">QQQ")
 _TWO = struct.Struct(">QQ")
 _ONE = struct.Struct(">Q")
 _CRC = struct.Struct(">I")
 HOT: dict[int, tuple[struct.Struct, tuple[str, ...]]] = {
-    Message.ACK: (_FOUR, ("batch", "number", "validated", "credit")),
+    Message.ACK: (_FIVE, ("incarnation", "batch", "number", "validated", "credit")),
     Message.PREPARE: (_TWO, ("number", "stream_last")),
-    Message.PREPARED: (_THREE, ("number", "applied", "credit")),
+    Message.PREPARED: (_FOUR, ("epoch_number", "number", "applied", "credit")),
     Message.VALIDATE: (_ONE, ("number",)),
 }
 _CRC_AT = HEADER_BYTES - 4

@@ -286,7 +286,7 @@ class Intermediate:
             return []
         self.senders.grant(sender)
         message = encode(
-            Message.ACK, self.state.epoch.number, batch=sender.durable_batch, number=sender.durable_last,
+            Message.ACK, self.state.epoch.number, incarnation=sender.incarnation, batch=sender.durable_batch, number=sender.durable_last,
             validated=self.streams.validated, credit=sender.credit,
         )  # fmt: skip
         return [Send(sender.link, [message])]
@@ -370,7 +370,7 @@ class Intermediate:
         if kind == Message.HEARTBEAT:
             return self._secondary_beat(link, fields)
         if kind == Message.PREPARED:
-            if link not in self.streams.by_link:
+            if link not in self.streams.by_link or fields["epoch_number"] != self.state.epoch.number:
                 return []
             actions = self.streams.prepared(
                 link, fields["number"], fields["applied"], fields["credit"], self.durable_number

@@ -271,6 +271,8 @@ class Primary:
     def _ack(self, fields: dict[str, Any], now_s: float) -> list[Action]:
         if self.machine.state is not Phase.LIVE:
             raise ProtocolError("ACK before WELCOME")
+        if fields["incarnation"] != self.state.incarnation:
+            return []  # for batches of a process that is dead: ours have the same numbers
         if self.queue.sent and fields["batch"] > self.queue.sent[-1].number:
             raise ProtocolError(f"ACK of batch {fields['batch']}, which was not sent")
         self._credit = max(self._credit, fields["credit"])

@@ -318,7 +318,12 @@ class Secondary:
         self._raise_credit()
         self._told_applied = self.applied
         message = encode(
-            Message.PREPARED, self.state.epoch.number, number=number, applied=self.applied, credit=self._credit
+            Message.PREPARED,
+            self.state.epoch.number,
+            epoch_number=self.state.epoch.number,
+            number=number,
+            applied=self.applied,
+            credit=self._credit,
         )
         return Send(link, [message])
 

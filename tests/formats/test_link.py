@@ -76,7 +76,7 @@ def test_the_header_is_the_declared_one() -> None:
 
 @given(st.integers(0, 8 * 60 - 1))
 def test_any_flipped_bit_is_noticed(bit: int) -> None:
-    data = bytearray(encode(Message.ACK, 4, batch=1, number=2, validated=3, credit=4))
+    data = bytearray(encode(Message.ACK, 4, incarnation=1, batch=1, number=2, validated=3, credit=4))
     bit %= len(data) * 8
     data[bit // 8] ^= 1 << bit % 8
     with pytest.raises(ProtocolError):

@@ -122,7 +122,9 @@ def test_a_secondary_that_holds_a_takeovers_number_without_a_note_of_it_has_lost
     actions += role.tick(1.0, 1)
     asked = {link: fields["number"] for link, kind, fields in messages(actions) if kind == Message.PREPARE}
     assert asked[105] == 11
-    actions = role.received(105, Message.PREPARED, {"number": 11, "applied": 10, "credit": FREE}, 1.0)
+    actions = role.received(
+        105, Message.PREPARED, {"epoch_number": 1, "number": 11, "applied": 10, "credit": FREE}, 1.0
+    )
     assert (105, Message.VALIDATE, {"number": 11}) in messages(actions)
 
 
@@ -130,7 +132,7 @@ def test_a_checkpoint_that_is_stored_while_the_primary_greets_is_told_with_the_w
     """HELLO named the one before; an idle primary has no other to tell, and its records would stay in the ring."""
     role = live(primary())
     role.submit(1, write(), 0.0)
-    role.received(1, Message.ACK, {"batch": 1, "number": 5, "validated": 0, "credit": FREE}, 0.0)
+    role.received(1, Message.ACK, {"incarnation": 1, "batch": 1, "number": 5, "validated": 0, "credit": FREE}, 0.0)
     syncs = [each for each in role.tick(POLICY.checkpoint_s + 1, 1) if isinstance(each, SyncVolumes)]
     role.lost(1, 1.6)
     saves = role.volumes_synced(syncs[0].token, 1.7)

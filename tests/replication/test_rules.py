@@ -134,8 +134,19 @@ def test_2_nothing_is_acknowledged_before_it_is_durable() -> None:
 def test_3_a_write_is_stored_when_it_is_acknowledged_and_not_before() -> None:
     role = live(primary())
     assert words(role.submit(1, write(), 0.0)) == ["BATCH"]
-    actions = role.received(1, Message.ACK, {"batch": 1, "number": 1, "validated": 0, "credit": FREE}, 0.0)
+    actions = role.received(
+        1, Message.ACK, {"incarnation": 1, "batch": 1, "number": 1, "validated": 0, "credit": FREE}, 0.0
+    )
     assert [type(action) for action in actions] == [StoreBatch]
+
+
+def test_1_an_acknowledgement_for_a_dead_process_completes_nothing_of_the_living_one() -> None:
+    """Its batches have the same numbers; the frame may come late, on a later connection."""
+    role = live(primary(incarnation=2))
+    role.submit(1, write(), 0.0)
+    late = {"incarnation": 1, "batch": 1, "number": 1, "validated": 0, "credit": FREE}
+    assert role.received(1, Message.ACK, late, 0.0) == []
+    assert [type(each) for each in role.received(1, Message.ACK, {**late, "incarnation": 2}, 0.0)] == [StoreBatch]
 
 
 def test_3_writes_are_sent_again_in_the_order_in_which_they_are_to_win() -> None:
@@ -267,7 +278,7 @@ def test_12_a_record_is_kept_until_its_own_primary_has_checkpointed_it() -> None
     role.transmitted(S1, 104, 1, 4096, 0.0)
     role.tick(1.0, 1)
     for link in (104, 105):
-        role.received(link, Message.PREPARED, {"number": 1, "applied": 0, "credit": FREE}, 1.0)
+        role.received(link, Message.PREPARED, {"epoch_number": 1, "number": 1, "applied": 0, "credit": FREE}, 1.0)
     assert (role.streams.validated, role.releasable) == (1, 0)
     role.received(1, Message.CHECKPOINT, {"number": 1}, 1.0)
     assert role.releasable == 1
@@ -321,10 +332,23 @@ def test_14_idle_secondaries_are_asked_too_and_nothing_is_validated_before_all_h
     actions = role.durable(1, 0.0) + role.transmitted(S1, 104, 1, 4096, 0.0) + role.tick(1.0, 1)
     asked = {link: fields for link, kind, fields in messages(actions) if kind == Message.PREPARE}
     assert asked == {104: {"number": 1, "stream_last": 1}, 105: {"number": 1, "stream_last": 0}}
-    answer = {"number": 1, "applied": 0, "credit": FREE}
+    answer = {"epoch_number": 1, "number": 1, "applied": 0, "credit": FREE}
     assert "VALIDATE" not in words(role.received(105, Message.PREPARED, answer, 1.0))
     actions = role.received(104, Message.PREPARED, answer, 1.0)
     assert [link for link, kind, _ in messages(actions) if kind == Message.VALIDATE] == [104, 105]
+
+
+def test_14_prepared_of_an_older_epoch_says_nothing_about_this_one() -> None:
+    role = serving(intermediate())
+    greet(role, 1)
+    send_batch(role, 1, 1)
+    role.durable(1, 0.0)
+    role.transmitted(S1, 104, 1, 4096, 0.0)
+    role.tick(1.0, 1)
+    late = {"epoch_number": 0, "number": 1, "applied": 0, "credit": FREE}
+    for link in (104, 105):
+        assert role.received(link, Message.PREPARED, late, 1.0) == []
+    assert role.streams.valid_counter == 0
 
 
 def test_14_a_secondary_applies_only_what_is_validated_and_is_told_only_what_it_prepared() -> None:
@@ -420,7 +444,7 @@ def test_23_a_frozen_intermediate_answers_the_opener_only_when_everything_is_val
     role.accepted(9, hello(LinkRole.OPENER, S1, MID), 0.0)
     told = role.received(9, Message.PROMISE, {"epoch": TWO, "dry_run": False}, 0.0)
     told += saved(role, told) + role.durable(1, 0.0) + role.transmitted(S1, 104, 1, 4096, 0.0) + role.tick(0.1, 1)
-    answer = {"number": 1, "applied": 0, "credit": FREE}
+    answer = {"epoch_number": 1, "number": 1, "applied": 0, "credit": FREE}
     told += role.received(105, Message.PREPARED, answer, 1.0)
     assert "PROMISED" not in words(told)
     assert one(role.received(104, Message.PREPARED, answer, 1.0), Message.PROMISED)["held"] == 1
