@@ -286,7 +286,8 @@ class Intermediate:
             return []
         self.senders.grant(sender)
         message = encode(
-            Message.ACK, self.state.epoch.number, incarnation=sender.incarnation, batch=sender.durable_batch, number=sender.durable_last,
+            Message.ACK, self.state.epoch.number, incarnation=sender.incarnation, batch=sender.durable_batch,
+            number=sender.durable_last,
             validated=self.streams.validated, credit=sender.credit,
         )  # fmt: skip
         return [Send(sender.link, [message])]
