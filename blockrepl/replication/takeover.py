@@ -36,6 +36,7 @@ TABLE: dict[tuple[Phase, str], Phase] = {
     (Phase.DRAINING, "promise"): Phase.PROMISING,
     (Phase.DRAINING, "higher"): Phase.DRAINING,
     (Phase.PROMISING, "higher"): Phase.PROMISING,
+    (Phase.PROMISING, "drain again"): Phase.DRAINING,
     (Phase.PROMISING, "store"): Phase.STORING,
     (Phase.STORING, "activate"): Phase.ACTIVATING,
     (Phase.STORING, "counted"): Phase.DONE,  # dry run
@@ -211,26 +212,36 @@ class Takeover:
             if self.phase is not Phase.DRAINING:
                 return []
             if fields["epoch"] != self._epoch and not self.report.dry_run:
-                return self._higher(fields["epoch"], [node])
+                return self._higher(fields["epoch"], [node], now_s)
             self.report.drained = True
             self._drained_at = held = fields["held"]
             text = "would be" if self.report.dry_run else "is"
             return [Event(f"the intermediate {text} drained at {held}"), *self._promise("promise", now_s)]
-        if self.phase is not Phase.PROMISING:
+        binding = not (self.report.dry_run or fields["active"])
+        late = binding and fields["epoch"].number < self._epoch.number  # an answer to an epoch that we gave up
+        if self.phase is not Phase.PROMISING or late:
             return []
-        if fields["epoch"] != self._epoch and not self.report.dry_run and not fields["active"]:
-            return self._higher(fields["epoch"], self._members())
+        if binding and fields["epoch"] != self._epoch:
+            return self._higher(fields["epoch"], self._members(), now_s)
         self._answers[node] = fields
         return self._agree(now_s) if len(self._answers) == len(self._members()) else []
 
-    def _higher(self, epoch: Epoch, nodes: list[int]) -> list[Action]:
+    def _higher(self, epoch: Epoch, nodes: list[int], now_s: float) -> list[Action]:
         self._tries += 1
         if self._tries > MAX_TRIES:
             return self._fail("others keep opening epochs", "is another takeover running? then wait for it")
-        self.machine.go("higher")
         self._answers.clear()
         self._epoch = Epoch(max(epoch.number, self._epoch.number) + 1, self._new_id())
-        return [Event(f"epoch {epoch.number} was promised already"), *self._ask_promise(nodes)]
+        told = Event(f"epoch {epoch.number} was promised already")
+        if self.phase is Phase.PROMISING and self.report.drained and not self.report.dry_run:
+            # Then the intermediate has gone on meanwhile, and what it was drained of is not all any more.
+            self.report.drained = False
+            if self.intermediate in self._links.values():
+                self.machine.go("drain again")
+                self._deadline_s = now_s + self._patience_s
+                return [told, *self._ask_promise([self.intermediate])]
+        self.machine.go("higher")
+        return [told, *self._ask_promise(nodes)]
 
     def _agree(self, now_s: float) -> list[Action]:
         """All members promised: the highest number that every one of them holds whole."""

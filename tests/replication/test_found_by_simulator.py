@@ -7,7 +7,7 @@ from typing import Any
 
 from blockrepl.block import WriteFlag
 from blockrepl.errors import BlockError
-from blockrepl.formats.link import LinkRole, Message, Refusal
+from blockrepl.formats.link import Epoch, LinkRole, Message, Refusal
 from blockrepl.formats.record import frame_bytes
 from blockrepl.replication import opening
 from blockrepl.replication.actions import AppendNote, Apply, Close, SyncVolumes
@@ -194,6 +194,29 @@ def test_a_secondary_that_stopped_answers_no_promise() -> None:
     assert words(actions) == ["Close"]
     assert role.state.promised == ONE
     assert role.phase is Phase.FAILED
+
+
+def test_a_takeover_that_was_overtaken_by_the_intermediate_drains_it_again() -> None:
+    """It had gone on in an epoch of its own: what it acknowledged since is not in the number of the first drain."""
+    role = Takeover(
+        group=GROUP, node=S1, name="s1", intermediate=MID, secondaries=[S1, S2], names={MID: "i", S1: "s1", S2: "s2"},
+        new_id=lambda: b"3" * 16, now_s=0.0,
+    )  # fmt: skip
+    for node in (MID, S1, S2):
+        role.connected(node, node, NONCE)
+        role.received(node, Message.WELCOME, report(node), 0.0)
+    state = {"validated": 7, "applied": 7, "active": False, "number": 0, "members": [], "numbered": 7, "stored": ONE}
+    two, four = Epoch(2, b"3" * 16), Epoch(4, b"3" * 16)
+    role.received(MID, Message.PROMISED, {**state, "epoch": two, "held": 7}, 0.0)
+    actions = role.received(S1, Message.PROMISED, {**state, "epoch": THREE, "held": 9}, 1.0)
+    asked = [(link, fields["epoch"]) for link, kind, fields in messages(actions) if kind == Message.PROMISE]
+    assert asked == [(MID, four)]
+    assert messages(role.received(S2, Message.PROMISED, {**state, "epoch": two, "held": 7}, 1.0)) == []
+    actions = role.received(MID, Message.PROMISED, {**state, "epoch": four, "held": 9}, 1.0)
+    asked = [(link, fields["epoch"]) for link, kind, fields in messages(actions) if kind == Message.PROMISE]
+    assert asked == [(S1, four), (S2, four)]
+    late = role.received(S2, Message.PROMISED, {**state, "epoch": two, "held": 7}, 1.0)
+    assert (late, role.report.drained) == ([], True)
 
 
 def test_a_repeated_takeover_stores_again_where_a_later_epoch_was_promised_since() -> None:
