@@ -311,6 +311,8 @@ class Group:
                 break
             if finished and "was not part of the takeover" in finished[0].problem:
                 return  # forced without one of them: it stays behind
+            if finished and self.forced and "in different epochs" in finished[0].problem:
+                return  # forced at both, each without the other: split brain, and said so (rule 22)
         else:
             raise Violation(f"a takeover cannot be finished: {[each.problem for each in finished]} {self.picture()}")
         numbers = {process.host.role.state.number for process in self.active}
