@@ -9,16 +9,15 @@ from typing import Any
 
 from blockrepl.chunks import Chunk
 from blockrepl.definition import Definition, Node
-from blockrepl.errors import DamagedError, ProtocolError, UsageError
-from blockrepl.formats.journal import FrameKind
+from blockrepl.errors import ProtocolError, UsageError
 from blockrepl.formats.link import Message
-from blockrepl.formats.record import RecordHead, check_record
 from blockrepl.formats.state import decode_intermediate, encode_intermediate
 from blockrepl.node.asyncio_ports import log_event
 from blockrepl.node.base import NodeBase, epoch_json, policy_of, save_last
 from blockrepl.node.control import Handler
 from blockrepl.node.create import JOURNAL_NAME, identity
 from blockrepl.node.intermediate_host import IntermediateHost
+from blockrepl.node.journal_reading import JournalReading
 from blockrepl.node.lag import LagMeter
 from blockrepl.node.links import Dialler, Listener
 from blockrepl.replication.intermediate import Intermediate
@@ -41,19 +40,9 @@ class IntermediateNode(NodeBase):
 
     def _recover(self, alone: bool) -> IntermediateHost:
         definition, node = self.definition, self.node
-        heads: list[RecordHead] = []
-
-        def check(header: Any, body: memoryview) -> bool:
-            if header.kind != FrameKind.RECORD:
-                return True
-            try:
-                heads.append(check_record(body))
-            except DamagedError:
-                return False
-            return True
-
+        reading = JournalReading()
         journal = JournalFile.open(
-            node.directory / JOURNAL_NAME, identity(definition, node), check, self.disk,
+            node.directory / JOURNAL_NAME, identity(definition, node), reading.check, self.disk,
             int(definition.group.journal),
         )  # fmt: skip
         state = decode_intermediate(journal.recovered.state)
@@ -69,9 +58,8 @@ class IntermediateNode(NodeBase):
             new_id=lambda: os.urandom(16),
             alone=alone,
         )
-        for head in heads:
-            role.recovered(head)
-        log_event(f"journal recovered: {len(heads)} records, up to {role.numbered}", {})
+        reading.tell_intermediate(role)
+        log_event(f"journal recovered: {len(reading.heads)} records, up to {role.numbered}", {})
         return IntermediateHost(role, journal, self.links, self.clock, self.workers, log_event)
 
     # life

@@ -8,16 +8,15 @@ from typing import Any
 
 from blockrepl.chunks import Chunk
 from blockrepl.definition import Definition, Node
-from blockrepl.errors import DamagedError, ProtocolError, UsageError
-from blockrepl.formats.journal import FrameKind
+from blockrepl.errors import ProtocolError, UsageError
 from blockrepl.formats.link import Message
-from blockrepl.formats.record import RecordHead, check_record
 from blockrepl.formats.state import decode_secondary, encode_secondary
 from blockrepl.node.asyncio_ports import log_event
 from blockrepl.node.base import NodeBase, epoch_json, policy_of, save_last
 from blockrepl.node.control import Handler, Progress
 from blockrepl.node.create import JOURNAL_NAME, identity, image_identity, image_path, images_of
 from blockrepl.node.exports import Exports
+from blockrepl.node.journal_reading import JournalReading
 from blockrepl.node.links import Listener
 from blockrepl.node.secondary_host import SecondaryHost
 from blockrepl.node.takeover_run import TakeoverRun
@@ -48,21 +47,9 @@ class SecondaryNode(NodeBase):
 
     def _recover(self) -> SecondaryHost:
         definition, node = self.definition, self.node
-        heads: list[RecordHead] = []
-        notes: list[tuple[int, int]] = []
-
-        def check(header: Any, body: memoryview) -> bool:
-            if header.kind == FrameKind.NOTE:
-                notes.append((header.first, header.body_crc))
-            elif header.kind == FrameKind.RECORD:
-                try:
-                    heads.append(check_record(body))
-                except DamagedError:
-                    return False
-            return True
-
+        reading = JournalReading()
         journal = JournalFile.open(
-            node.directory / JOURNAL_NAME, identity(definition, node), check, self.disk,
+            node.directory / JOURNAL_NAME, identity(definition, node), reading.check, self.disk,
             int(definition.group.secondary_journal),
         )  # fmt: skip
         role = Secondary(
@@ -74,15 +61,9 @@ class SecondaryNode(NodeBase):
             state=decode_secondary(journal.recovered.state),
             policy=policy_of(definition),
         )
-        for number, epoch in notes:
-            role.recovered_note(number, epoch)
-        refs = [frame for frame in journal.journal.frames() if frame.kind == FrameKind.RECORD]
-        held = [
-            (head, ref.body_offset)
-            for head, ref in zip(heads, refs, strict=True)
-            if role.recovered(head) and head.last > role.state.applied
-        ]
-        log_event(f"journal recovered: {len(heads)} records, holds {role.held}, {len(held)} to apply", {})
+        held = reading.tell_secondary(role, journal.journal)
+        text = f"journal recovered: {len(reading.heads)} records, holds {role.held}, {len(held)} to apply"
+        log_event(text, {})
         images = dict(self._images)
         return SecondaryHost(
             role, journal, held, images, self.disk, self.links, self.clock, self.workers, log_event

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from blockrepl.chunks import Chunk
-from blockrepl.errors import DamagedError, ProtocolError
-from blockrepl.formats.journal import FrameKind
+from blockrepl.errors import ProtocolError
 from blockrepl.formats.link import Message
-from blockrepl.formats.record import RecordHead, check_record, decode_record
+from blockrepl.formats.record import RecordHead, decode_record
 from blockrepl.formats.slots import SlotKind
 from blockrepl.formats.state import (
     decode_intermediate,
@@ -23,6 +22,7 @@ from blockrepl.formats.state import (
 )
 from blockrepl.node.host import Host
 from blockrepl.node.intermediate_host import IntermediateHost
+from blockrepl.node.journal_reading import JournalReading
 from blockrepl.node.primary_host import PrimaryHost, PrimaryVolume
 from blockrepl.node.secondary_host import SecondaryHost
 from blockrepl.replication.actions import Action, Close, Event, Send
@@ -427,18 +427,8 @@ class IntermediateProcess(Process):
         self._format_journal(self.layout.ring_bytes, encode_intermediate(IntermediateState()))
 
     def open(self) -> IntermediateHost:
-        heads: list[RecordHead] = []
-
-        def check(header: Any, body: memoryview) -> bool:
-            if header.kind != FrameKind.RECORD:
-                return True
-            try:
-                heads.append(check_record(body))
-            except DamagedError:
-                return False
-            return True
-
-        journal = self._open_journal(check, self.layout.ring_bytes)
+        reading = JournalReading()
+        journal = self._open_journal(reading.check, self.layout.ring_bytes)
         state = decode_intermediate(journal.recovered.state)
         state.incarnation += 1
         random = self.world.random
@@ -447,9 +437,8 @@ class IntermediateProcess(Process):
             secondaries=list(self.layout.secondaries.values()), state=state, policy=self.layout.policy,
             new_id=lambda: random.randbytes(16), alone=self.alone,
         )  # fmt: skip
-        for head in heads:
-            role.recovered(head)
-        self.watcher.recovered(self, heads, role)
+        reading.tell_intermediate(role)
+        self.watcher.recovered(self, reading.heads, role)
         host = WatchedIntermediateHost(role, journal, self.links, self.machine.clock, self.workers, self.log)
         host.process = self
         return host
@@ -502,40 +491,21 @@ class SecondaryProcess(Process):
 
     def open(self) -> SecondaryHost:
         self.opener = None
-        heads: list[RecordHead] = []
-        notes: list[tuple[int, int]] = []
-
-        def check(header: Any, body: memoryview) -> bool:
-            if header.kind == FrameKind.NOTE:
-                notes.append((header.first, header.body_crc))
-            elif header.kind == FrameKind.RECORD:
-                try:
-                    heads.append(check_record(body))
-                except DamagedError:
-                    return False
-            return True
-
-        journal = self._open_journal(check, self.layout.secondary_ring_bytes)
+        reading = JournalReading()
+        journal = self._open_journal(reading.check, self.layout.secondary_ring_bytes)
         role = Secondary(
             group=GROUP, node=self.node_id, name=self.name, intermediate=self.layout.intermediate[1],
             peers=list(self.layout.secondaries.values()), state=decode_secondary(journal.recovered.state),
             policy=self.layout.policy,
         )  # fmt: skip
-        for number, epoch in notes:
-            role.recovered_note(number, epoch)
-        refs = [frame for frame in journal.journal.frames() if frame.kind == FrameKind.RECORD]
-        held = [
-            (head, ref.body_offset)
-            for head, ref in zip(heads, refs, strict=True)
-            if role.recovered(head) and head.last > role.state.applied
-        ]
+        held = reading.tell_secondary(role, journal.journal)
         images = {v: SimImage(self.machine.files[f"volume {v}"], self) for v in self.volume_ids}
         host = WatchedSecondaryHost(
             role, journal, held, images, self.disk, self.links, self.machine.clock, self.workers, self.log
         )  # fmt: skip
         host.process = self
         host.on_active = lambda: self.watcher.activated(self)
-        self.watcher.recovered(self, heads, role)
+        self.watcher.recovered(self, reading.heads, role)
         return host
 
     def start(self) -> None:
