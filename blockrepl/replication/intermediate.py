@@ -14,9 +14,6 @@ from typing import Any
 from blockrepl.chunks import Chunk
 from blockrepl.errors import ProtocolError, SequenceGapError
 from blockrepl.formats.link import (
-    FEATURES,
-    VERSION_MAX,
-    VERSION_MIN,
     Epoch,
     LinkRole,
     Message,
@@ -26,6 +23,7 @@ from blockrepl.formats.link import (
 from blockrepl.formats.record import RecordHead, frame_bytes, number_record
 from blockrepl.formats.state import IntermediateState
 from blockrepl.replication.actions import Action, Append, Close, Event, Replay, SaveState, Send
+from blockrepl.replication.greeting import Introduction, Problem, refused
 from blockrepl.replication.hop1 import Sender, Senders
 from blockrepl.replication.opening import Opening, Phase
 from blockrepl.replication.policy import Policy
@@ -55,6 +53,7 @@ class Intermediate:
         self.group = group
         self.node = node
         self.name = name
+        self._me = Introduction(group, node, name, LinkRole.INTERMEDIATE)
         self.policy = policy
         self.state = state
         self.numbered = self.durable_number = state.durable
@@ -120,13 +119,10 @@ class Intermediate:
             return self._greet_opener(link, fields)
         return self._greet_primary(link, fields, now_s)
 
-    def _check_hello(self, fields: dict[str, Any]) -> tuple[Refusal, str] | None:
-        if not fields["version_min"] <= VERSION_MAX or fields["version_max"] < VERSION_MIN:
-            return Refusal.VERSION, f"this end speaks link versions {VERSION_MIN} to {VERSION_MAX}"
-        if fields["group"] != self.group:
-            return Refusal.GROUP, f"{self.name} belongs to another group"
-        if fields["peer"] != self.node:
-            return Refusal.NODE, f"this is node {self.node}, not {fields['peer']}"
+    def _check_hello(self, fields: dict[str, Any]) -> Problem | None:
+        problem = self._me.check(fields)
+        if problem is not None:
+            return problem
         if fields["role"] == LinkRole.PRIMARY:
             if fields["node"] not in self.senders.by_node:
                 return Refusal.NODE, f"node {fields['node']} is no primary of this group"
@@ -141,9 +137,7 @@ class Intermediate:
         """A REFUSED message that names our epochs."""
         state = self.state
         promised = max(state.promised, self.opening.higher)
-        return encode(
-            Message.REFUSED, state.epoch.number, code=code, epoch=state.epoch, promised=promised, text=text
-        )  # fmt: skip
+        return refused(code, text, epoch=state.epoch, promised=promised)
 
     def _greet_primary(self, link: int, fields: dict[str, Any], now_s: float) -> list[Action]:
         sender = self.senders.by_node[fields["node"]]
@@ -185,11 +179,9 @@ class Intermediate:
             return []
         hello, sender.hello, sender.live = sender.hello, None, True
         self.senders.grant(sender)
-        message = encode(
-            Message.WELCOME, self.state.epoch.number, version=VERSION_MAX, role=LinkRole.INTERMEDIATE,
-            features=FEATURES & hello["features"], node=self.node, nonce=hello["nonce"], epoch=self.state.epoch,
-            promised=self.state.promised, through=sender.durable_last, batch=sender.durable_batch,
-            credit=sender.credit, validated=self.streams.validated, prepared=0, applied=0, active=False,
+        message = self._me.welcome(
+            hello, epoch=self.state.epoch, promised=self.state.promised, through=sender.durable_last,
+            batch=sender.durable_batch, credit=sender.credit, validated=self.streams.validated,
         )  # fmt: skip
         return [Send(sender.link, [message])]
 
@@ -316,11 +308,9 @@ class Intermediate:
         self._heard_s[link] = now_s
         self._nonces[link] = nonce
         state = self.state
-        hello = encode(
-            Message.HELLO, state.epoch.number, version_min=VERSION_MIN, version_max=VERSION_MAX,
-            role=LinkRole.INTERMEDIATE, features=FEATURES, group=self.group, node=self.node, peer=node,
-            incarnation=state.incarnation, nonce=nonce, epoch=state.epoch, promised=state.promised,
-            highest=self.durable_number, checkpoint=0, fresh=False, name=self.name,
+        hello = self._me.hello(
+            node, nonce, epoch=state.epoch, promised=state.promised, incarnation=state.incarnation,
+            highest=self.durable_number,
         )  # fmt: skip
         return [Send(link, [hello])]
 
@@ -409,11 +399,9 @@ class Intermediate:
         if self.opener_link:
             actions.append(Close(self.opener_link, "another opener came"))
         self.opener_link = link
-        message = encode(
-            Message.WELCOME, self.state.epoch.number, version=VERSION_MAX, role=LinkRole.INTERMEDIATE,
-            features=FEATURES & fields["features"], node=self.node, nonce=fields["nonce"], epoch=self.state.epoch,
-            promised=self.state.promised, through=self.durable_number, batch=0, credit=0,
-            validated=self.streams.validated, prepared=self.streams.valid_counter, applied=0, active=False,
+        message = self._me.welcome(
+            fields, epoch=self.state.epoch, promised=self.state.promised, through=self.durable_number,
+            validated=self.streams.validated, prepared=self.streams.valid_counter,
         )  # fmt: skip
         return [*actions, Send(link, [message])]
 

@@ -14,9 +14,6 @@ from typing import Any
 from blockrepl.block import Buffer, WriteBatch
 from blockrepl.errors import ProtocolError
 from blockrepl.formats.link import (
-    FEATURES,
-    VERSION_MAX,
-    VERSION_MIN,
     Epoch,
     LinkRole,
     Message,
@@ -46,6 +43,7 @@ from blockrepl.replication.actions import (
     StoreRecord,
     SyncVolumes,
 )
+from blockrepl.replication.greeting import Introduction
 from blockrepl.replication.machine import Machine
 from blockrepl.replication.pending import PendingQueue, PendingRecord, touches
 from blockrepl.replication.policy import Policy
@@ -104,7 +102,7 @@ class Primary:
         """``streams``: volume id → secondary id. ``state.incarnation`` was raised durably by this process."""
         self.group = group
         self.node = node
-        self.name = name
+        self._me = Introduction(group, node, name, LinkRole.PRIMARY)
         self.intermediate = intermediate
         self.streams = streams
         self.policy = policy
@@ -229,11 +227,10 @@ class Primary:
             return [Close(link, "not now")]
         self.machine.go("connected")
         self._link, self._nonce, self._heard_s, self._welcome = link, nonce, now_s, {}
-        hello = encode(
-            Message.HELLO, self.state.epoch.number, version_min=VERSION_MIN, version_max=VERSION_MAX,
-            role=LinkRole.PRIMARY, features=FEATURES, group=self.group, node=self.node, peer=self.intermediate,
-            incarnation=self.state.incarnation, nonce=nonce, epoch=self.state.epoch, promised=self.state.promised,
-            highest=self.acked, checkpoint=self.checkpoint, fresh=not self.serving, name=self.name,
+        state = self.state
+        hello = self._me.hello(
+            self.intermediate, nonce, epoch=state.epoch, promised=state.promised, incarnation=state.incarnation,
+            highest=self.acked, checkpoint=self.checkpoint, fresh=not self.serving,
         )  # fmt: skip
         return [Send(link, [hello])]
 

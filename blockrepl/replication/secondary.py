@@ -15,9 +15,6 @@ from typing import Any
 from blockrepl.chunks import Chunk
 from blockrepl.errors import ProtocolError, SequenceGapError
 from blockrepl.formats.link import (
-    FEATURES,
-    VERSION_MAX,
-    VERSION_MIN,
     Epoch,
     LinkRole,
     Message,
@@ -40,6 +37,7 @@ from blockrepl.replication.actions import (
     Trim,
     Truncate,
 )
+from blockrepl.replication.greeting import Introduction, Problem, refused
 from blockrepl.replication.machine import Machine
 from blockrepl.replication.policy import Policy
 
@@ -82,6 +80,7 @@ class Secondary:
         self.group = group
         self.node = node
         self.name = name
+        self._me = Introduction(group, node, name, LinkRole.SECONDARY)
         self.intermediate = intermediate
         self.peers = peers
         self.state = state
@@ -184,21 +183,16 @@ class Secondary:
             self._notes.clear()
             self._raise_credit()
         state = self.state
-        message = encode(
-            Message.WELCOME, state.epoch.number, version=VERSION_MAX, role=LinkRole.SECONDARY,
-            features=FEATURES & fields["features"], node=self.node, nonce=fields["nonce"], epoch=state.epoch,
-            promised=state.promised, through=self.received, batch=0, credit=self._credit,
+        message = self._me.welcome(
+            fields, epoch=state.epoch, promised=state.promised, through=self.received, credit=self._credit,
             validated=self.validated, prepared=state.prepared, applied=self.applied, active=state.active,
         )  # fmt: skip
         return [*actions, Send(link, [message])]
 
-    def _check_hello(self, fields: dict[str, Any]) -> tuple[Refusal, str] | None:
-        if not fields["version_min"] <= VERSION_MAX or fields["version_max"] < VERSION_MIN:
-            return Refusal.VERSION, f"this end speaks link versions {VERSION_MIN} to {VERSION_MAX}"
-        if fields["group"] != self.group:
-            return Refusal.GROUP, f"{self.name} belongs to another group"
-        if fields["peer"] != self.node:
-            return Refusal.NODE, f"this is node {self.node}, not {fields['peer']}"
+    def _check_hello(self, fields: dict[str, Any]) -> Problem | None:
+        problem = self._me.check(fields)
+        if problem is not None:
+            return problem
         if self.phase is Phase.FAILED:
             return Refusal.STATE, self.reason
         if fields["role"] == LinkRole.OPENER:
@@ -207,7 +201,7 @@ class Secondary:
             return None
         return self._check_intermediate(fields)
 
-    def _check_intermediate(self, fields: dict[str, Any]) -> tuple[Refusal, str] | None:
+    def _check_intermediate(self, fields: dict[str, Any]) -> Problem | None:
         epoch, ours = fields["epoch"], self.state.epoch
         if fields["role"] != LinkRole.INTERMEDIATE or fields["node"] != self.intermediate:
             return Refusal.ROLE, f"node {fields['node']} is not this group's intermediate"
@@ -220,11 +214,7 @@ class Secondary:
         return None
 
     def _refuse(self, link: int, code: Refusal, text: str) -> Close:
-        state = self.state
-        words = encode(
-            Message.REFUSED, state.epoch.number, code=code, epoch=state.epoch, promised=state.promised, text=text
-        )
-        return Close(link, text, words)
+        return Close(link, text, refused(code, text, epoch=self.state.epoch, promised=self.state.promised))
 
     def lost(self, link: int, now_s: float) -> list[Action]:
         """A link is gone."""

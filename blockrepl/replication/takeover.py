@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
-from blockrepl.formats.link import FEATURES, NO_EPOCH, VERSION_MAX, VERSION_MIN, Epoch, LinkRole, Message, encode
+from blockrepl.formats.link import NO_EPOCH, Epoch, LinkRole, Message, encode
 from blockrepl.replication.actions import Action, Close, Event, Send
+from blockrepl.replication.greeting import Introduction
 from blockrepl.replication.machine import Machine
 
 
@@ -90,9 +91,7 @@ class Takeover:
         writable: bool = True,
         patience_s: float = 15.0,
     ) -> None:
-        self.group = group
-        self.node = node
-        self.name = name
+        self._me = Introduction(group, node, name, LinkRole.OPENER)
         self.intermediate = intermediate
         self.secondaries = secondaries
         self.names = names
@@ -125,11 +124,7 @@ class Takeover:
     def connected(self, link: int, node: int, nonce: bytes) -> list[Action]:
         """A connection to a peer is up: greet."""
         self._links[link] = node
-        hello = encode(
-            Message.HELLO, 0, version_min=VERSION_MIN, version_max=VERSION_MAX, role=LinkRole.OPENER,
-            features=FEATURES, group=self.group, node=self.node, peer=node, incarnation=0, nonce=nonce,
-            epoch=NO_EPOCH, promised=NO_EPOCH, highest=0, checkpoint=0, fresh=False, name=self.name,
-        )  # fmt: skip
+        hello = self._me.hello(node, nonce)
         return [Send(link, [hello])]
 
     def unreachable(self, node: int, why: str, now_s: float) -> list[Action]:
