@@ -42,7 +42,7 @@ def _group_problems(definition: Definition) -> Iterator[Problem]:
         elif definition.replicated and size < (least := RING_PER_PRIMARY_BYTES * max(2, len(definition.primaries))):
             yield (
                 f"group.{key}",
-                f"{size} bytes are too small for {len(definition.primaries)} primaries that write 1 MiB at a time",
+                f"{size} bytes are too small for {_primaries(definition)}, whose writes may be 1 MiB long",
                 f'write {key} = "256MiB"; at least {least} bytes',
             )
     if group.mode != "journal":
@@ -53,6 +53,11 @@ def _group_problems(definition: Definition) -> Iterator[Problem]:
             f'the fence level "{group.fence}" is not there yet',
             'write fence = "data", or leave it out',
         )
+
+
+def _primaries(definition: Definition) -> str:
+    count = len(definition.primaries)
+    return f"{count} primaries" if count != 1 else "a primary"
 
 
 def _policy_problems(definition: Definition) -> Iterator[Problem]:

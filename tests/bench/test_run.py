@@ -43,7 +43,7 @@ def test_definition_that_it_writes_is_one_that_blockrepl_reads(tmp_path: Path) -
     nodes = [Node("p1", "primary", 10809), Node("i1", "intermediate"), Node("s1", "secondary"), Node("s2", "secondary")]
     volumes = [Volume("data", "s1", 1 << 20, "nbd"), Volume("other", "s2", 1 << 20, "loop")]
     file = tmp_path / "group.toml"
-    file.write_text(definition("bench", 1 << 20, nodes, volumes))
+    file.write_text(definition("bench", 64 << 20, nodes, volumes))
     loaded = load(file)
     assert [node.name for node in loaded.local_nodes()] == ["p1", "i1", "s1", "s2"]
     assert [volume.size_bytes for volume in loaded.volumes] == [1 << 20, 1 << 20]
