@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
 import resource
 import signal
+from typing import Any
 
 import uvloop
 
@@ -16,6 +18,7 @@ from blockrepl.frontends.loop.system import mark_io_flusher
 from blockrepl.node.base import NodeBase
 
 log = logging.getLogger("blockrepl.node")
+MISTAKE_STATUS = 70  # EX_SOFTWARE of sysexits.h
 
 
 def make_node(definition: Definition, name: str, *, alone: bool) -> NodeBase:
@@ -39,10 +42,25 @@ def make_node(definition: Definition, name: str, *, alone: bool) -> NodeBase:
     return SecondaryNode(definition, node)
 
 
+def fail_stop(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """The loop's handler of what a callback raised.
+
+    A failed assertion is a mistake of ours, and what the role now thinks may be wrong: the process dies as by kill -9,
+    which its recovery is made for. Anything else is logged.
+    """
+    error = context.get("exception")
+    if isinstance(error, AssertionError):
+        log.critical("a mistake of our own, stopping at once: %s", context.get("message"), exc_info=error)
+        logging.shutdown()
+        os._exit(MISTAKE_STATUS)
+    loop.default_exception_handler(context)
+
+
 async def serve(definition: Definition, name: str, *, alone: bool = False) -> None:
     """Run a node until SIGTERM, SIGINT or the control command "stop". Raises BlockreplError."""
     node = make_node(definition, name, alone=alone)
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(fail_stop)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, node.stopping.set)
     try:
