@@ -157,6 +157,7 @@ class Host(ABC):
             if process is not None:
                 process.kill()
         self._writer = self._load = None
+        Background.kill_all()  # one that was interrupted before it had a name here
 
 
 class FileHost(Host):

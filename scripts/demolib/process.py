@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import ClassVar
 
 from scripts.demolib.errors import DemoError
 
@@ -45,17 +46,44 @@ def attempt(argv: Sequence[str], *, env: dict[str, str] | None = None) -> subpro
         raise DemoError(f"{shlex.join(argv)} does not end within {TIMEOUT_S:g} s", 6) from None
 
 
+@contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """Ctrl-C and its like come when the block is done, not in its middle."""
+    came: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _frame: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            raise KeyboardInterrupt
+
+
 class Background:
     """A process beside us, in a session of its own: Ctrl-C reaches us first, and we end it."""
+
+    started: ClassVar[list[Background]] = []  # whoever is interrupted before it has the object can still end it
 
     def __init__(self, argv: Sequence[str], log: Path, *, env: dict[str, str] | None = None) -> None:
         self.argv = argv
         self.log = log
-        with log.open("ab") as sink:
+        with log.open("ab") as sink, interrupts_wait():
             self.process = subprocess.Popen(
                 argv, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, env=env or environment(),
                 start_new_session=True,
             )  # fmt: skip
+            self.started.append(self)
+
+    @classmethod
+    def kill_all(cls) -> None:
+        """Everything that was ever started here."""
+        for process in cls.started:
+            if not process.ended():
+                process.kill()
 
     def ended(self) -> bool:
         """Whether it is over."""
