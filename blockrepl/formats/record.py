@@ -260,12 +260,3 @@ def iterate_entries(head: RecordHead, view: memoryview) -> Iterator[Entry]:
             continue
         yield volume, op, flags, offset, length, view[position:end]
         position = end
-
-
-FRAME_ALIGN_BYTES = 4096
-FRAME_HEADER_BYTES = 64
-
-
-def frame_bytes(record_bytes: int) -> int:
-    """Ring bytes that a record of ``record_bytes`` takes in a journal: the unit of credit."""
-    return (FRAME_HEADER_BYTES + record_bytes + FRAME_ALIGN_BYTES - 1) // FRAME_ALIGN_BYTES * FRAME_ALIGN_BYTES

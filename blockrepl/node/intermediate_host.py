@@ -9,9 +9,9 @@ from typing import Any
 
 from blockrepl.chunks import Chunk
 from blockrepl.errors import BlockreplError, StorageError
-from blockrepl.formats.journal import FrameKind
+from blockrepl.formats.journal import FrameKind, frame_bytes
 from blockrepl.formats.link import Message, bulk_header
-from blockrepl.formats.record import RecordHead, decode_batch, frame_bytes
+from blockrepl.formats.record import RecordHead, decode_batch
 from blockrepl.formats.state import encode_intermediate
 from blockrepl.node.host import Host
 from blockrepl.node.ports import Clock, Links, Log, Workers

@@ -9,15 +9,8 @@ from typing import Any
 
 from blockrepl.chunks import Chunk
 from blockrepl.errors import StorageError
-from blockrepl.formats.journal import FRAME_HEADER_BYTES, RING_OFFSET, FrameKind
-from blockrepl.formats.record import (
-    RecordHead,
-    RecordKind,
-    check_record,
-    decode_record,
-    frame_bytes,
-    iterate_entries,
-)
+from blockrepl.formats.journal import FRAME_HEADER_BYTES, RING_OFFSET, FrameKind, frame_bytes
+from blockrepl.formats.record import RecordHead, RecordKind, check_record, decode_record, iterate_entries
 from blockrepl.formats.state import encode_secondary
 from blockrepl.node.digests import digest_range
 from blockrepl.node.host import Host

@@ -13,6 +13,7 @@ from typing import Any
 
 from blockrepl.chunks import Chunk
 from blockrepl.errors import ProtocolError, SequenceGapError
+from blockrepl.formats.journal import frame_bytes
 from blockrepl.formats.link import (
     Epoch,
     LinkRole,
@@ -20,7 +21,7 @@ from blockrepl.formats.link import (
     Refusal,
     encode,
 )
-from blockrepl.formats.record import RecordHead, frame_bytes, number_record
+from blockrepl.formats.record import RecordHead, number_record
 from blockrepl.formats.state import IntermediateState
 from blockrepl.replication.actions import Action, Append, Close, Event, Replay, SaveState, Send
 from blockrepl.replication.greeting import Introduction, Problem, refused

@@ -13,6 +13,7 @@ from typing import Any
 
 from blockrepl.block import Buffer, WriteBatch
 from blockrepl.errors import ProtocolError
+from blockrepl.formats.journal import frame_bytes
 from blockrepl.formats.link import (
     Epoch,
     LinkRole,
@@ -21,14 +22,7 @@ from blockrepl.formats.link import (
     bulk_header,
     encode,
 )
-from blockrepl.formats.record import (
-    DIGEST_BYTES,
-    OP_DIGEST,
-    RecordHead,
-    RecordKind,
-    encode_record,
-    frame_bytes,
-)
+from blockrepl.formats.record import DIGEST_BYTES, OP_DIGEST, RecordHead, RecordKind, encode_record
 from blockrepl.formats.state import PrimaryState
 from blockrepl.replication.actions import (
     Action,

@@ -14,6 +14,7 @@ from typing import Any
 
 from blockrepl.chunks import Chunk
 from blockrepl.errors import ProtocolError, SequenceGapError
+from blockrepl.formats.journal import frame_bytes
 from blockrepl.formats.link import (
     Epoch,
     LinkRole,
@@ -21,7 +22,7 @@ from blockrepl.formats.link import (
     Refusal,
     encode,
 )
-from blockrepl.formats.record import RecordHead, frame_bytes
+from blockrepl.formats.record import RecordHead
 from blockrepl.formats.state import SecondaryState
 from blockrepl.replication.actions import (
     Action,

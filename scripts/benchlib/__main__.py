@@ -11,10 +11,11 @@ from pathlib import Path
 from rich.console import Console
 
 from scripts.benchlib import report
-from scripts.benchlib.process import NotAvailableError, raise_interrupt_on_termination
+from scripts.benchlib.process import NotAvailableError
 from scripts.benchlib.runner import Settings, run
 from scripts.benchlib.works import GIB, MIB, SYSTEMS, WORKS, cells
 from scripts.benchlib.workspace import file_system, workspace
+from scripts.interrupts import interrupt_on_termination
 
 _IMAGES = Path(__file__).resolve().parents[2] / "images"
 _MIN_WIDTH = 130  # columns: a table cut short tells nothing
@@ -78,7 +79,7 @@ def main() -> int:
     def tell(text: str) -> None:
         progress.print(f"bench: {time.monotonic() - start_s:5.1f} s  {text}", highlight=False, markup=False)
 
-    raise_interrupt_on_termination()
+    interrupt_on_termination()
     size_bytes = options.size * MIB if options.size else _QUICK_IMAGE_BYTES if options.quick else GIB
     try:
         with workspace(options.dir, size_bytes, _QUICK_JOURNAL_BYTES if options.quick else 256 * MIB) as place:

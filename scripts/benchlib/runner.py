@@ -12,12 +12,13 @@ from pathlib import Path
 
 from scripts.benchlib import disk, fio
 from scripts.benchlib.lag import watch
-from scripts.benchlib.process import NotAvailableError, cpu_s, rss_peak_bytes, uninterrupted
+from scripts.benchlib.process import NotAvailableError, cpu_s, rss_peak_bytes
 from scripts.benchlib.registry import FACTORIES
 from scripts.benchlib.results import LagResult, Measurement
 from scripts.benchlib.systems import Running
 from scripts.benchlib.works import WORKS, Work
 from scripts.benchlib.workspace import Workspace
+from scripts.interrupts import uninterrupted
 
 _QUIET_POLL_S = 0.03
 _QUIET_TIMEOUT_S = 10.0

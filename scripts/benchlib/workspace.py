@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts.benchlib.process import NotAvailableError, uninterrupted
+from scripts.benchlib.process import NotAvailableError
 from scripts.benchlib.works import MIB
+from scripts.interrupts import uninterrupted
 
 # Of ours: nbd, loop, P and S; of the peers: nbdkit, qemu-nbd, two of the mirror, two loops; the disk. And journals.
 _IMAGES = 11

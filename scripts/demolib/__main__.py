@@ -23,8 +23,8 @@ from scripts.demolib.errors import DemoError
 from scripts.demolib.group import FAR, FILE_NAME, LINE_DELAY_S, ROOT, Group, write_definition
 from scripts.demolib.host import FILE_SYSTEMS, VOLUMES, FileHost, Host, NbdHost, why_no_loop
 from scripts.demolib.picture import Picture
-from scripts.demolib.process import interrupt_on_termination, uninterrupted
 from scripts.demolib.story import SCENARIOS, Outcome, Scenario, play
+from scripts.interrupts import interrupt_on_termination, uninterrupted
 
 HOME = ROOT / "images" / "demo-run"
 NEEDED_BYTES = 3 << 30

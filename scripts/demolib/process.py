@@ -6,12 +6,13 @@ import os
 import shlex
 import signal
 import subprocess
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
 from scripts.demolib.errors import DemoError
+from scripts.interrupts import interrupts_wait
 
 TIMEOUT_S = 180.0  # for a slow machine; nothing here takes seconds on a quick one
 _SBIN = ("/usr/sbin", "/sbin")
@@ -44,23 +45,6 @@ def attempt(argv: Sequence[str], *, env: dict[str, str] | None = None) -> subpro
         raise DemoError(f"{argv[0]} is not installed: scripts/setup --debian", 5) from None
     except subprocess.TimeoutExpired:
         raise DemoError(f"{shlex.join(argv)} does not end within {TIMEOUT_S:g} s", 6) from None
-
-
-@contextmanager
-def interrupts_wait() -> Iterator[None]:
-    """Ctrl-C and its like come when the block is done, not in its middle."""
-    came: list[int] = []
-    before = {
-        number: signal.signal(number, lambda number, _frame: came.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if came:
-            raise KeyboardInterrupt
 
 
 class Background:
@@ -106,25 +90,3 @@ class Background:
             self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self.kill()
-
-
-def interrupt_on_termination() -> None:
-    """SIGTERM and SIGHUP unwind like Ctrl-C, so that everything is stopped and removed."""
-
-    def interrupt(_number: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Within: a second Ctrl-C does not stop the tidying up."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.demolib.process import Background, interrupts_wait
+from scripts.demolib.process import Background
+from scripts.interrupts import interrupts_wait
 
 
 def test_an_interrupt_in_mid_start_leaves_a_process_that_is_still_known(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from blockrepl.block import Op
 from blockrepl.errors import DamagedError, ProtocolError
 from blockrepl.formats import record as layout
+from blockrepl.formats.journal import frame_bytes
 from blockrepl.formats.record import (
     ENTRY_BYTES,
     HEADER_BYTES,
@@ -20,7 +21,6 @@ from blockrepl.formats.record import (
     decode_head,
     decode_record,
     encode_record,
-    frame_bytes,
     iterate_entries,
     number_record,
 )

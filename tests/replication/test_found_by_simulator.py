@@ -7,8 +7,8 @@ from typing import Any
 
 from blockrepl.block import WriteFlag
 from blockrepl.errors import BlockError
+from blockrepl.formats.journal import frame_bytes
 from blockrepl.formats.link import Epoch, LinkRole, Message, Refusal
-from blockrepl.formats.record import frame_bytes
 from blockrepl.replication import opening
 from blockrepl.replication.actions import AppendNote, Apply, Close, SyncVolumes
 from blockrepl.replication.secondary import Phase
