@@ -11,12 +11,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "blockrepl"
 
-GROUND = {"errors", "chunks", "block", "stream"}
+GROUND = {"errors", "chunks", "block", "stream", "bitmap"}
 ALLOWED = {
     # layer: the layers that it may import, beside itself
     "__init__": set(),
     "errors": set(),
     "chunks": set(),
+    "bitmap": set(),
     "block": {"chunks", "errors"},
     "stream": {"block", "chunks", "errors"},
     "definition": {"errors"},

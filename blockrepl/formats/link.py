@@ -19,11 +19,13 @@ from construct import (
     Const,
     Construct,
     Flag,
+    GreedyBytes,
     Int8ub,
     Int16ub,
     Int32ub,
     Int64ub,
     PascalString,
+    Prefixed,
     PrefixedArray,
     Struct,
     Terminated,
@@ -61,12 +63,20 @@ class Message(IntEnum):
     PREPARED = 22
     VALIDATE = 23
     DIGESTED = 24  # S → I → P: what a digest record found
+    SUSPEND = 25  # I → P: the group is suspended, nothing more is numbered
+    RESYNC = 26  # I → P: copy what the bitmaps say; the BITMAPs before it are mine
+    BITMAP = 27  # bits of one volume: before RESYNC (I → P) or REJOINED (S → I)
+    COPIED = 28  # P → I: everything of the resync is sent
+    RESYNCED = 29  # I → P: its end is validated, the bits may go
     PROMISE = 30  # opener → I, S
     PROMISED = 31
     STORE = 32
     STORED = 33
     ACTIVATE = 34
     ACTIVATED = 35
+    SPLIT = 36  # I → S: the group is split at a number
+    REJOIN = 37  # I → S: stop writing to S-VOLs, say what was written since the split
+    REJOINED = 38  # S → I
 
 
 BULK = frozenset({Message.BATCH, Message.RECORD})
@@ -79,6 +89,19 @@ class LinkRole(IntEnum):
     INTERMEDIATE = 2
     SECONDARY = 3
     OPENER = 4  # a secondary that runs a takeover, or asks what one would do
+
+
+class Pair(IntEnum):
+    """States of a pair, as Hitachi CCI names them."""
+
+    SMPL = 0  # no pair
+    COPY = 1  # initial copy or resync
+    PAIR = 2
+    PSUS = 3  # split on purpose
+    PSUE = 4  # suspended by an error
+    PFUL = 5  # journal above its high-water mark
+    PFUS = 6  # suspended because it was full
+    SSWS = 7  # secondary has taken over, writable
 
 
 class Refusal(IntEnum):
@@ -127,6 +150,9 @@ _bodies: dict[int, Any] = {
         "highest" / Int64ub,  # P: highest number it saw acknowledged. I: numbered
         "checkpoint" / Int64ub,  # P only
         "fresh" / Flag,  # P: must replay before it serves
+        "suspended" / Flag,  # P: its P-VOLs are ahead of the journal by its bitmap; it never replays (rule 7)
+        "trusted" / Flag,  # P: its bitmap says all; else only a verify finds what differs (rule 8)
+        "direction" / Int8ub,  # 0: as the definition has it; 1: swapped
         "name" / PascalString(Int8ub, "utf8"),
     ),
     Message.WELCOME: Struct(
@@ -144,6 +170,14 @@ _bodies: dict[int, Any] = {
         "prepared" / Int64ub,  # S: the greatest n it noted as prepared
         "applied" / Int64ub,
         "active" / Flag,  # S: it has taken over
+        "direction" / Int8ub,
+        "pair" / Int8ub,  # I: Pair of the group
+        "numbering" / Flag,  # I: False while hop 1 is suspended
+        "resync" / Int64ub,  # I: the resync under way, by its START; 0 for none
+        "resynced" / Int64ub,  # I: the last one that ended well
+        "copying" / Flag,  # S: between START and END
+        "copy_from" / Int64ub,  # S: the number it would go back to
+        "split" / Flag,  # S: split from the group, waits for REJOIN
     ),
     Message.REFUSED: Struct(
         "code" / Int16ub,
@@ -158,6 +192,7 @@ _bodies: dict[int, Any] = {
         "validated" / Int64ub,
         "applied" / Int64ub,
         "credit" / Int64ub,
+        "pair" / Int8ub,  # I: Pair of the group
     ),
     Message.ACK: Struct(
         "incarnation" / Int64ub,  # of the primary whose batches are meant: those of each process count from 1
@@ -187,7 +222,28 @@ _bodies: dict[int, Any] = {
         "blocks" / Int32ub,
         "different" / PrefixedArray(Int32ub, Int64ub),  # offsets of blocks that differ
     ),
-    Message.PROMISE: Struct("epoch" / epoch_id, "dry_run" / Flag),
+    Message.SUSPEND: Struct("pair" / Int8ub, "number" / Int64ub),  # why; the last number given
+    Message.RESYNC: Struct(
+        "id" / Int64ub,  # the number of its START
+        "verify" / Flag,  # trust no bitmap: compare digests, copy what differs
+        "rate_bytes" / Int64ub,  # per second and primary; 0 for unlimited
+    ),
+    Message.BITMAP: Struct(
+        "volume" / Int16ub,
+        "block_bytes" / Int32ub,
+        "first_block" / Int64ub,  # a multiple of 8
+        "bits" / Prefixed(Int16ub, GreedyBytes),  # bit i of byte k: block first_block + 8 k + i
+    ),
+    Message.COPIED: Struct("id" / Int64ub),
+    Message.RESYNCED: Struct("id" / Int64ub),
+    Message.SPLIT: Struct("number" / Int64ub, "writable" / Flag),
+    Message.REJOIN: Struct("number" / Int64ub),  # where the resync to come would go back to
+    Message.REJOINED: Struct("number" / Int64ub),
+    Message.PROMISE: Struct(
+        "epoch" / epoch_id,
+        "dry_run" / Flag,
+        "reform" / Flag,  # for a swap or a replacement, not for a takeover: who is active promises too
+    ),
     Message.PROMISED: Struct(
         "epoch" / epoch_id,  # the epoch promised
         "stored" / epoch_id,
@@ -198,6 +254,14 @@ _bodies: dict[int, Any] = {
         "number" / Int64ub,  # where the stored epoch began
         "members" / PrefixedArray(Int8ub, Int16ub),
         "numbered" / Int64ub,  # S: the highest number it heard the intermediate give; for a report of what is lost
+        "direction" / Int8ub,
+        "pair" / Int8ub,
+        "copying" / Flag,  # between START and END: not at a number of its own
+        "copy_from" / Int64ub,  # a takeover would go back to it
+        "initial" / Flag,  # an initial copy: there is nothing to go back to
+        "end" / Int64ub,  # number of the END that it holds durably, for the copy under way; 0 for none
+        "trusted" / Flag,  # its bitmaps say all
+        "dirty_bytes" / Int64ub,  # written here and not at the other site, in blocks
     ),
     Message.STORE: Struct(
         "promise" / epoch_id,  # the authority: must be the receiver's promised epoch
@@ -206,6 +270,12 @@ _bodies: dict[int, Any] = {
         "truncate" / Flag,  # discard what is held beyond it (takeover); else keep (the intermediate goes on)
         "members" / PrefixedArray(Int8ub, Int16ub),
         "dry_run" / Flag,  # store nothing, only say what would be discarded
+        "reform" / Flag,  # forget the journal: the group begins anew above ``number``, suspended
+        "direction" / Int8ub,
+        "source" / Flag,  # reform: the receiver's volumes are the truth; else it becomes a target
+        "initial" / Flag,  # reform: the targets are at no number until a copy has ended
+        "full" / PrefixedArray(Int16ub, Int16ub),  # reform, to I: volumes to be copied whole
+        "verify" / Flag,  # reform, to I: no bitmap can be trusted
     ),
     Message.STORED: Struct(
         "epoch" / epoch_id,
@@ -216,6 +286,23 @@ _bodies: dict[int, Any] = {
     Message.ACTIVATE: Struct("epoch" / epoch_id, "writable" / Flag),
     Message.ACTIVATED: Struct("epoch" / epoch_id),
 }
+# What a message says when its sender has nothing else to say.
+DEFAULTS: dict[int, dict[str, Any]] = {
+    Message.HELLO: {"suspended": False, "trusted": True, "direction": 0},
+    Message.WELCOME: {
+        "direction": 0, "pair": Pair.PAIR, "numbering": True, "resync": 0, "resynced": 0, "copying": False,
+        "copy_from": 0, "split": False,
+    },
+    Message.HEARTBEAT: {"pair": Pair.PAIR},
+    Message.PROMISE: {"reform": False},
+    Message.PROMISED: {
+        "direction": 0, "pair": Pair.PAIR, "copying": False, "copy_from": 0, "initial": False, "end": 0,
+        "trusted": True, "dirty_bytes": 0,
+    },
+    Message.STORE: {
+        "reform": False, "direction": 0, "source": False, "initial": False, "full": [], "verify": False,
+    },
+}  # fmt: skip
 BODIES: dict[int, Construct] = {kind: Struct(*body.subcons, Terminated) for kind, body in _bodies.items()}
 
 
@@ -262,9 +349,12 @@ def bulk_header(kind: Message, epoch: int, length_bytes: int) -> bytes:
 
 
 def encode(kind: Message, epoch_number: int, /, **fields: Any) -> bytes:
-    """A whole control message."""
+    """A whole control message. Fields that are not given are as in `DEFAULTS`."""
     hot = HOT.get(kind)
-    body = hot[0].pack(*[fields[name] for name in hot[1]]) if hot else BODIES[kind].build(_plain(fields))
+    if hot:
+        body = hot[0].pack(*[fields[name] for name in hot[1]])
+    else:
+        body = BODIES[kind].build(_plain({**DEFAULTS.get(kind, {}), **fields}))
     head = HEADER.pack(LINK_MAGIC, kind, VERSION_MAX, 0, len(body), epoch_number, 0)[:_CRC_AT]
     return b"".join((head, _CRC.pack(crc32c(body, crc32c(head))), body))
 

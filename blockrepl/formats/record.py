@@ -73,7 +73,8 @@ assert INTERMEDIATE_PART.size == HEADER_BYTES - PRIMARY_PART_BYTES
 assert ENTRY.size == ENTRY_BYTES
 _CRC = struct.Struct(">I")
 _EMPTY_PART = bytes(HEADER_BYTES - PRIMARY_PART_BYTES)
-_WRITE, _OTHERS = int(Op.WRITE), (int(Op.ZERO), int(Op.TRIM))
+OP_CONTROL = 6  # the one entry of a START or END
+_WRITE, _OTHERS = int(Op.WRITE), (int(Op.ZERO), int(Op.TRIM), OP_CONTROL)
 OP_DIGEST = 4  # an entry whose payload is a digest of the block at this number (PROTOCOL, rule 19)
 
 
@@ -82,12 +83,16 @@ class RecordKind(IntEnum):
 
     UPDATE = 1  # host writes
     DIGEST = 2  # verify: digests, nothing to store
+    START = 3  # a resync begins in this stream; made by the intermediate (PROTOCOL, rules 19 and 20)
+    END = 4  # … and has ended
 
 
 class RecordFlag(IntFlag):
-    """Reserved for the copy flag of resync (PROTOCOL, rule 19)."""
+    """Of a record."""
 
     NONE = 0
+    COPY = 1  # UPDATE: blocks copied by a resync, not written by a host (PROTOCOL, rule 19)
+    INITIAL = 2  # START: the secondaries are at no number before END: nothing is saved, nothing to go back to
 
 
 @dataclass(slots=True)
@@ -139,6 +144,7 @@ def encode_record(
     lengths: Sequence[int],
     payloads: Sequence[Buffer | None],
     payload_bytes: int,
+    record_flags: int = 0,
 ) -> tuple[bytearray, int]:
     """Header and entries of a record of one volume, and the size of the whole record; the payloads follow as they are.
 
@@ -153,7 +159,8 @@ def encode_record(
         position += ENTRY_BYTES
     body_bytes = ENTRY_BYTES * count + payload_bytes
     PRIMARY_PART.pack_into(
-        head, 0, RECORD_MAGIC, RECORD_VERSION, kind, 0, group, sender, stream, incarnation, batch, count, body_bytes, 0
+        head, 0, RECORD_MAGIC, RECORD_VERSION, kind, record_flags, group, sender, stream, incarnation, batch, count,
+        body_bytes, 0,
     )  # fmt: skip
     view = memoryview(head)
     crc = crc32c(view[HEADER_BYTES:], crc32c(view[: PRIMARY_PART_BYTES - 4]))
@@ -162,6 +169,25 @@ def encode_record(
             crc = crc32c(payload, crc)
     _CRC.pack_into(head, PRIMARY_PART_BYTES - 4, crc)
     return head, HEADER_BYTES + body_bytes
+
+
+def control_record(
+    kind: RecordKind, group: bytes, sender: int, stream: int, incarnation: int, number: int, flags: int = 0
+) -> bytearray:
+    """A whole START or END, made by the intermediate ``sender`` itself; ``number`` stands in its entry's offset.
+
+    START: the number that the secondaries would go back to. END: the number of the START.
+    """
+    record, _ = encode_record(
+        kind, group, sender, stream, incarnation, 0, 0, [OP_CONTROL], [0], [number], [0], [None], 0, flags
+    )  # fmt: skip
+    return record
+
+
+def control_number(record: memoryview) -> int:
+    """What `control_record` was given."""
+    number: int = ENTRY.unpack_from(record, HEADER_BYTES)[4]
+    return number
 
 
 def decode_batch(view: memoryview) -> RecordHead:

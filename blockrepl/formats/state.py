@@ -13,7 +13,7 @@ from construct import Const, Construct, Flag, Int8ub, Int16ub, Int32ub, Int64ub,
 from construct.core import ConstructError
 
 from blockrepl.errors import DamagedError
-from blockrepl.formats.link import NO_EPOCH, Epoch, epoch_id
+from blockrepl.formats.link import NO_EPOCH, Epoch, Pair, epoch_id
 
 STATE_VERSION = 1
 HISTORY_MAX = 64  # openings remembered; older ones explain nothing any more
@@ -25,6 +25,15 @@ _primary = Struct(
     "promised" / epoch_id,
     "incarnation" / Int32ub,
     "checkpoint" / Int64ub,
+    "direction" / Int8ub,
+    "suspended" / Int8ub,
+    "alone" / Flag,
+    "detached" / Flag,
+    "trusted" / Flag,
+    "clean" / Flag,
+    "resync" / Int64ub,
+    "cursor_volume" / Int16ub,
+    "cursor_block" / Int64ub,
 )
 _intermediate = Struct(
     "version" / Const(STATE_VERSION, Int8ub),
@@ -46,6 +55,17 @@ _intermediate = Struct(
         ),
     ),
     "streams" / PrefixedArray(Int16ub, Struct("node" / Int16ub, "last" / Int64ub)),
+    "direction" / Int8ub,
+    "pair" / Int8ub,
+    "numbering" / Flag,
+    "at" / Int64ub,
+    "start" / Int64ub,
+    "starts" / PrefixedArray(Int16ub, Struct("node" / Int16ub, "last" / Int64ub)),
+    "end" / Int64ub,
+    "resynced" / Int64ub,
+    "verify" / Flag,
+    "initial" / Flag,
+    "excluded" / PrefixedArray(Int16ub, Int16ub),
 )
 _secondary = Struct(
     "version" / Const(STATE_VERSION, Int8ub),
@@ -61,6 +81,15 @@ _secondary = Struct(
     "prepared" / Int64ub,
     "validated" / Int64ub,
     "applied" / Int64ub,
+    "direction" / Int8ub,
+    "copying" / Flag,
+    "copy_from" / Int64ub,
+    "initial" / Flag,
+    "start" / Int64ub,
+    "end" / Int64ub,
+    "split" / Flag,
+    "split_writable" / Flag,
+    "pair" / Int8ub,
 )
 
 
@@ -72,6 +101,15 @@ class PrimaryState:
     promised: Epoch = NO_EPOCH
     incarnation: int = 0  # raised durably by every process
     checkpoint: int = 0  # everything of this primary up to it is durable in its P-VOLs
+    direction: int = 0  # 0: as the definition has it; 1: swapped
+    suspended: int = 0  # Pair (PSUE, SSWS) while its P-VOLs are the truth and its bitmap counts; it never replays then
+    alone: bool = False  # suspended: may complete writes without an intermediate
+    detached: bool = False  # SSWS: there is no intermediate for it until the group is formed anew
+    trusted: bool = True  # its bitmap says all that may differ
+    clean: bool = True  # it stopped with its bits stored
+    resync: int = 0  # the resync it works on; bits of the intermediate are merged
+    cursor_volume: int = 0  # everything before it is copied, and acknowledged
+    cursor_block: int = 0
 
 
 @dataclass(slots=True)
@@ -97,6 +135,17 @@ class IntermediateState:
     validated: int = 0
     primaries: list[PrimaryRow] = field(default_factory=list)
     streams: list[tuple[int, int]] = field(default_factory=list)  # (secondary, its last durable number)
+    direction: int = 0
+    pair: int = int(Pair.PAIR)  # Pair; PFUL is not stored
+    numbering: bool = True  # False: hop 1 is suspended
+    at: int = 0  # suspended or copying: the number that the secondaries are at, or would go back to
+    start: int = 0  # the resync under way: number of its first START
+    starts: list[tuple[int, int]] = field(default_factory=list)  # (secondary, the number before its START)
+    end: int = 0  # number of the last END given
+    resynced: int = 0  # the last resync that ended well
+    verify: bool = False
+    initial: bool = False
+    excluded: list[int] = field(default_factory=list)  # primaries known to be dead
 
 
 @dataclass(slots=True)
@@ -115,6 +164,15 @@ class SecondaryState:
     prepared: int = 0  # greatest note
     validated: int = 0
     applied: int = 0  # durable in the S-VOLs up to here
+    direction: int = 0
+    copying: bool = False  # between START and END: overwritten blocks are saved first
+    copy_from: int = 0  # a takeover goes back to it
+    initial: bool = False  # copying: nothing is saved, there is nothing to go back to
+    start: int = 0  # number of the START
+    end: int = 0  # number of the END held, for the copy under way
+    split: bool = False  # split on purpose: waits for REJOIN
+    split_writable: bool = False
+    pair: int = int(Pair.PAIR)
 
 
 def _build(layout: Construct, state: Any) -> bytes:
@@ -125,7 +183,8 @@ def _build(layout: Construct, state: Any) -> bytes:
         newest = state.history[-HISTORY_MAX:]
         values["history"] = [{"epoch": epoch._asdict(), "last": last} for epoch, last in newest]
     if "streams" in values:
-        values["streams"] = [{"node": node, "last": last} for node, last in state.streams]
+        for name in ("streams", "starts"):
+            values[name] = [{"node": node, "last": last} for node, last in getattr(state, name)]
     built: bytes = layout.build(values)
     return built
 
@@ -164,7 +223,9 @@ def decode_intermediate(blob: bytes) -> IntermediateState:
     values["primaries"] = [
         PrimaryRow(row.node, row.incarnation, row.batch, row.last, row.checkpoint) for row in values["primaries"]
     ]
-    values["streams"] = [(row.node, row.last) for row in values["streams"]]
+    for name in ("streams", "starts"):
+        values[name] = [(row.node, row.last) for row in values[name]]
+    values["excluded"] = list(values["excluded"])
     return IntermediateState(**values)
 
 

@@ -37,7 +37,11 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "code": st.integers(0, 65535), "text": st.text(max_size=200), "sender": st.integers(0, 65535),
     "volume": st.integers(0, 65535), "blocks": st.integers(0, 1 << 20), "dry_run": st.booleans(),
     "different": st.lists(number, max_size=9), "members": st.lists(st.integers(0, 65535), max_size=9),
-    "truncate": st.booleans(), "writable": st.booleans(),
+    "truncate": st.booleans(), "writable": st.booleans(), "suspended": st.booleans(), "trusted": st.booleans(),
+    "direction": st.integers(0, 255), "pair": st.integers(0, 255), "numbering": st.booleans(),
+    "copying": st.booleans(), "split": st.booleans(), "verify": st.booleans(), "reform": st.booleans(),
+    "initial": st.booleans(), "source": st.booleans(), "full": st.lists(st.integers(0, 65535), max_size=9),
+    "bits": st.binary(max_size=99), "block_bytes": st.integers(0, (1 << 32) - 1),
 }  # fmt: skip
 
 

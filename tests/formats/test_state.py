@@ -33,7 +33,14 @@ incarnation = st.integers(0, (1 << 32) - 1)
 rows = st.lists(st.builds(PrimaryRow, short, incarnation, number, number, number), max_size=4)
 
 
-@given(st.builds(PrimaryState, epochs, epochs, incarnation, number))
+byte, flag = st.integers(0, 255), st.booleans()
+
+
+@given(
+    st.builds(
+        PrimaryState, epochs, epochs, incarnation, number, byte, byte, flag, flag, flag, flag, number, short, number
+    )
+)
 def test_a_primarys_state_comes_back(state: PrimaryState) -> None:
     assert decode_primary(encode_primary(state)) == state
 
@@ -41,7 +48,8 @@ def test_a_primarys_state_comes_back(state: PrimaryState) -> None:
 @given(
     st.builds(
         IntermediateState, epochs, epochs, history, incarnation, number, number, rows,
-        st.lists(st.tuples(short, number), max_size=4),
+        st.lists(st.tuples(short, number), max_size=4), byte, byte, flag, number, number,
+        st.lists(st.tuples(short, number), max_size=4), number, number, flag, flag, st.lists(short, max_size=4),
     )
 )  # fmt: skip
 def test_an_intermediates_state_comes_back(state: IntermediateState) -> None:
@@ -51,7 +59,7 @@ def test_an_intermediates_state_comes_back(state: IntermediateState) -> None:
 @given(
     st.builds(
         SecondaryState, epochs, epochs, history, number, st.lists(short, max_size=5), st.booleans(), st.booleans(),
-        st.booleans(), number, number, number, number,
+        st.booleans(), number, number, number, number, byte, flag, number, flag, number, number, flag, flag, byte,
     )
 )  # fmt: skip
 def test_a_secondarys_state_comes_back(state: SecondaryState) -> None:
