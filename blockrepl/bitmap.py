@@ -20,7 +20,7 @@ class Bitmap:
     it, in units of `PAGE_BYTES`.
     """
 
-    __slots__ = ("block_bytes", "blocks", "bits", "changed", "count", "size_bytes")
+    __slots__ = ("bits", "block_bytes", "blocks", "changed", "count", "size_bytes")
 
     def __init__(self, size_bytes: int, block_bytes: int = BLOCK_BYTES, bits: bytes | bytearray | None = None) -> None:
         self.size_bytes = size_bytes

@@ -6,7 +6,7 @@ from random import Random
 from typing import Any
 
 from blockrepl.block import Op
-from blockrepl.formats.link import HEADER_BYTES, Epoch, LinkRole, Message, Refusal, decode_body, decode_header
+from blockrepl.formats.link import DEFAULTS, HEADER_BYTES, Epoch, LinkRole, Message, Refusal, decode_body, decode_header
 from blockrepl.formats.record import RecordKind, decode_batch, decode_record, iterate_entries
 from tests.sim.group import Group, Options
 from tests.sim.oracle import Write
@@ -109,7 +109,9 @@ class Transcript:
                 f"number {record.first} after {record.previous}, epoch {record.epoch}, {self._entries(record, whole)}"
             )
         fields = decode_body(head, whole)
-        return ", ".join(f"{name} {self._value(name, fields[name])}" for name in fields if name not in DULL)
+        usual = DEFAULTS.get(head.type, {})
+        told = [name for name in fields if name not in DULL and (name not in usual or fields[name] != usual[name])]
+        return ", ".join(f"{name} {self._value(name, fields[name])}" for name in told)
 
     @staticmethod
     def _entries(record: Any, whole: memoryview) -> str:
