@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from scripts.benchlib.results import Figures, ratio
 
-OURS = ("blockrepl-nbd", "blockrepl-replicated", "blockrepl-loop")
+OURS = ("blockrepl-nbd", "blockrepl-replicated", "blockrepl-loop", "blockrepl-iscsi")
 
 # What one host byte costs here in bytes written: journal of the intermediate, P-VOL, journal of the secondary, S-VOL.
 WRITTEN_PER_HOST_BYTE = 4
@@ -94,7 +94,7 @@ def _peak_mib(figures: Figures) -> float | None:
 
 _WRITE, _READ, _QD1 = "randwrite-4k-qd32", "randread-4k-qd32", "randwrite-4k-qd1"
 _BIG_WRITE, _BIG_READ = "write-1m-qd8", "read-1m-qd8"
-_NBD, _PAIR, _LOOP = OURS
+_NBD, _PAIR, _LOOP, _ISCSI = OURS
 
 CRITERIA = (
     Criterion("NBD alone, 4k randwrite QD32 ÷ nbdkit", "×", 1.0, 1.2, _speed(_WRITE, _NBD, "nbdkit")),
@@ -129,6 +129,13 @@ CRITERIA = (
     Criterion(
         "loop, 1 MiB write QD8 ÷ loop over QEMU's fuse", "×", 1.5, 2.5, _speed(_BIG_WRITE, _LOOP, "loop-qemu-fuse")
     ),
+    Criterion("iSCSI, 4k write QD32 ÷ tgt", "×", 1.25, None, _speed(_WRITE, _ISCSI, "tgt")),
+    Criterion("iSCSI, 4k read QD32 ÷ tgt", "×", 1.25, None, _speed(_READ, _ISCSI, "tgt")),
+    Criterion("iSCSI, CPU per 4k write ÷ tgt", "×", 0.6, None, _cpu(_WRITE, _ISCSI, "tgt"), True),
+    Criterion("iSCSI, CPU per 4k read ÷ tgt", "×", 0.6, None, _cpu(_READ, _ISCSI, "tgt"), True),
+    Criterion("iSCSI, 1 MiB write QD8 ÷ tgt", "×", 1.5, None, _speed(_BIG_WRITE, _ISCSI, "tgt")),
+    Criterion("iSCSI, 1 MiB read QD8 ÷ tgt", "×", 1.5, None, _speed(_BIG_READ, _ISCSI, "tgt")),
+    Criterion("iSCSI, 4k write QD1 ÷ tgt", "×", 1.0, None, _speed(_QD1, _ISCSI, "tgt")),
     Criterion("replicated, lag at full load, at most", "MiB", None, None, _lag_bytes, True),
     Criterion("replicated, lag is zero after the load's end", "s", 1.0, None, _zero_after_s, True),
     Criterion("peak memory of the largest process of ours", "MiB", 250.0, None, _peak_mib, True),

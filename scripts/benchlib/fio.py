@@ -14,8 +14,8 @@ from scripts.benchlib.works import Work
 _GRACE_S = 60.0  # a system that answers nothing for so long is given up
 
 
-class FioError(Exception):
-    """fio failed, or the system under it."""
+class LoadError(Exception):
+    """The client failed, or the system under it."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,20 @@ class BlockTarget:
 
 
 @dataclass(frozen=True)
+class IscsiTarget:
+    """A LUN of a portal on loopback: fio has no engine for it, qemu-img bench is the client (`qemu_img`)."""
+
+    port: int
+    target: str
+    lun: int
+    size_bytes: int
+
+    @property
+    def url(self) -> str:
+        return f"iscsi://127.0.0.1:{self.port}/{self.target}/{self.lun}"
+
+
+@dataclass(frozen=True)
 class FileTarget:
     """A file that the bench itself writes: the raw disk."""
 
@@ -44,18 +58,18 @@ class FileTarget:
 
 @dataclass(frozen=True)
 class Sample:
-    """One measurement. Latency of a write with fsync is that of the write plus that of its flush."""
+    """One measurement. Latency of a write with fsync is that of the write plus that of its flush; None: not told."""
 
     ops: int
     bytes: int
     iops: float
     bytes_per_s: float
-    lat_us_p50: float
-    lat_us_p99: float
+    lat_us_p50: float | None
+    lat_us_p99: float | None
 
 
 def measure(work: Work, target: NbdTarget | BlockTarget, runtime_s: float) -> Sample:
-    """Run ``work`` for ``runtime_s``. Raises FioError, or NotAvailableError without fio."""
+    """Run ``work`` for ``runtime_s``. Raises LoadError, or NotAvailableError without fio."""
     # Its default clock, the TSC, is tested at every start for longer than it saves in a short run.
     argv = ["fio", "--output-format=json", "--clocksource=clock_gettime", f"--runtime={round(runtime_s * 1000)}ms"]
     argv += ["--lat_percentiles=1", "--clat_percentiles=0", *target.arguments(), str(work.job_file)]
@@ -74,10 +88,10 @@ def run(argv: list[str], timeout_s: float) -> str:
     except FileNotFoundError as error:
         raise NotAvailableError("fio is not installed (apt-get install fio)") from error
     except subprocess.TimeoutExpired as error:
-        raise FioError(f"fio did not end within {timeout_s:g} s") from error
+        raise LoadError(f"fio did not end within {timeout_s:g} s") from error
     if done.returncode != 0:
         words = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        raise FioError(f"fio ended with {done.returncode}: {words[0] if words else 'it says nothing'}")
+        raise LoadError(f"fio ended with {done.returncode}: {words[0] if words else 'it says nothing'}")
     return done.stdout
 
 
@@ -85,13 +99,13 @@ def parse(work: Work, output: str) -> Sample:
     """Read fio's JSON. Its nbd engine prints a line of its own in front of it."""
     start = output.find("{")
     if start < 0:
-        raise FioError(f"fio printed no JSON: {output.strip()[:200]!r}")
+        raise LoadError(f"fio printed no JSON: {output.strip()[:200]!r}")
     job = json.loads(output[start:])["jobs"][0]
     if job["error"]:
-        raise FioError(f"{work.name}: fio reports error {job['error']}")
+        raise LoadError(f"{work.name}: fio reports error {job['error']}")
     side = job["write" if work.writes else "read"]
     if not side["total_ios"]:
-        raise FioError(f"{work.name}: not one operation was completed")
+        raise LoadError(f"{work.name}: not one operation was completed")
     p50_us, p99_us = _percentiles_us(side)
     if work.fsync:
         sync_p50_us, sync_p99_us = _percentiles_us(job["sync"])

@@ -17,7 +17,7 @@ _CATCH_UP_TIMEOUT_S = 30.0
 def watch(work: Work, name: str, system: Running, load_s: float) -> LagResult:
     """Run ``work`` for ``load_s`` and poll the lag meanwhile and until it is zero. Raises what fio raises."""
     assert system.lag is not None
-    assert not isinstance(system.target, fio.FileTarget)
+    assert isinstance(system.target, (fio.NbdTarget, fio.BlockTarget))
     target, failures = system.target, list[Exception]()
     ended_s: list[float] = []
 

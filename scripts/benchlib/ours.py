@@ -12,7 +12,8 @@ from pathlib import Path
 
 from blockrepl.cli.client import call
 from blockrepl.errors import BlockreplError
-from scripts.benchlib.fio import BlockTarget, NbdTarget, fill
+from scripts.benchlib import qemu_img
+from scripts.benchlib.fio import BlockTarget, IscsiTarget, NbdTarget, fill
 from scripts.benchlib.process import NotAvailableError, free_port
 from scripts.benchlib.systems import Lag, Running, require_root
 from scripts.benchlib.workspace import Workspace, command
@@ -27,6 +28,7 @@ class Node:
     name: str
     role: str
     nbd_port: int = 0
+    iscsi_port: int = 0
 
     def table(self) -> str:
         lines = ["[[node]]", f'name = "{self.name}"', f'role = "{self.role}"', 'host = "local"']
@@ -35,6 +37,8 @@ class Node:
             lines.append(f'listen = "127.0.0.1:{free_port()}"')
         if self.nbd_port:
             lines.append(f'nbd = "127.0.0.1:{self.nbd_port}"')
+        if self.iscsi_port:
+            lines.append(f'iscsi = "127.0.0.1:{self.iscsi_port}"')
         return "\n".join(lines)
 
 
@@ -108,6 +112,18 @@ def nbd(directory: Workspace) -> Iterator[Running]:
     with group(directory, "bench-nbd", nodes, volumes) as file:
         target = NbdTarget(port, "data")
         fill(target, directory.image_bytes)
+        yield Running(target, pids(file, nodes), files(file))
+
+
+@contextmanager
+def iscsi(directory: Workspace) -> Iterator[Running]:
+    """A plain target as `nbd` is, over iSCSI."""
+    port = free_port()
+    nodes = [Node("p1", "primary", iscsi_port=port)]
+    volumes = [Volume("data", "none", directory.image_bytes, "iscsi")]
+    with group(directory, "bench-iscsi", nodes, volumes) as file:
+        target = IscsiTarget(port, "iqn.2026-11.org.blockrepl:bench-iscsi", 0, directory.image_bytes)
+        qemu_img.fill(target)
         yield Running(target, pids(file, nodes), files(file))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scripts.benchlib import disk, loop_peers, nbd_peers, ours
+from scripts.benchlib import disk, iscsi_peers, loop_peers, nbd_peers, ours
 from scripts.benchlib.systems import Factory
 
 FACTORIES: dict[str, Factory] = {
@@ -14,5 +14,7 @@ FACTORIES: dict[str, Factory] = {
     "blockrepl-loop": ours.loop,
     "loop-qemu-fuse": loop_peers.qemu_fuse,
     "loop-nbdfuse": loop_peers.nbdfuse,
+    "blockrepl-iscsi": ours.iscsi,
+    "tgt": iscsi_peers.tgt,
     "disk": disk.raw,
 }

@@ -88,8 +88,8 @@ def _speed_cells(result: Result, figures: Figures) -> list[str]:
     return [
         f"{result.iops:,.0f}",
         f"{result.bytes_per_s / (1 << 20):,.0f}",
-        f"{result.lat_us_p50:,.0f}",
-        f"{result.lat_us_p99:,.0f}",
+        _number(result.lat_us_p50, 0),
+        _number(result.lat_us_p99, 0),
         _number(result.server_cpu_us_per_op, 1),
         _number(cpu_s_per_gib, 2),
         _number(_ours_over(result, figures), 2),

@@ -34,8 +34,8 @@ class Result:
     system: str
     iops: float
     bytes_per_s: float
-    lat_us_p50: float
-    lat_us_p99: float
+    lat_us_p50: float | None
+    lat_us_p99: float | None
     server_cpu_us_per_op: float | None
     cpu_s_per_gib: dict[str, float]
     rss_bytes: dict[str, int]
@@ -53,16 +53,15 @@ def medians(measurements: Iterable[Measurement]) -> list[Result]:
 
 def _median(group: list[Measurement]) -> Result:
     samples = [each.sample for each in group]
-    costs = [cost for each in group if (cost := each.server_cpu_us_per_op) is not None]
     names = group[0].cpu_s
     return Result(
         work=group[0].work,
         system=group[0].system,
         iops=statistics.median(sample.iops for sample in samples),
         bytes_per_s=statistics.median(sample.bytes_per_s for sample in samples),
-        lat_us_p50=statistics.median(sample.lat_us_p50 for sample in samples),
-        lat_us_p99=statistics.median(sample.lat_us_p99 for sample in samples),
-        server_cpu_us_per_op=statistics.median(costs) if costs else None,
+        lat_us_p50=_median_of(sample.lat_us_p50 for sample in samples),
+        lat_us_p99=_median_of(sample.lat_us_p99 for sample in samples),
+        server_cpu_us_per_op=_median_of(each.server_cpu_us_per_op for each in group),
         cpu_s_per_gib={
             name: statistics.median(each.cpu_s[name] * GIB / each.sample.bytes for each in group) for name in names
         },
@@ -70,6 +69,11 @@ def _median(group: list[Measurement]) -> Result:
         rounds=len(group),
         iops_rounds=[sample.iops for sample in samples],
     )
+
+
+def _median_of(figures: Iterable[float | None]) -> float | None:
+    known = [figure for figure in figures if figure is not None]
+    return statistics.median(known) if known else None
 
 
 @dataclass(frozen=True)

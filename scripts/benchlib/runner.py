@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from scripts.benchlib import disk, fio
+from scripts.benchlib import disk, fio, qemu_img
 from scripts.benchlib.lag import watch
 from scripts.benchlib.process import NotAvailableError, cpu_s, rss_peak_bytes
 from scripts.benchlib.registry import FACTORIES
@@ -87,7 +87,7 @@ def _started(
             for name, future in entering.items():
                 try:
                     systems[name] = future.result()
-                except (NotAvailableError, fio.FioError, OSError) as error:
+                except (NotAvailableError, fio.LoadError, OSError) as error:
                     outcome.skipped[name] = f"not available: {error}"
                     tell(f"{name} {outcome.skipped[name]}")
             yield systems
@@ -143,7 +143,7 @@ def _attempt(
     """Measure; a system that fails is left out from here on, and what it did before does not count either."""
     try:
         return measure(work, name, systems[name], runtime_s, outcome.idle_cpu.get(name))
-    except (fio.FioError, NotAvailableError, OSError) as error:
+    except (fio.LoadError, NotAvailableError, OSError) as error:
         del systems[name]
         outcome.measurements = [each for each in outcome.measurements if each.system != name]
         outcome.skipped[name] = f"failed at {work.name}: {error}"
@@ -162,6 +162,8 @@ def measure(
     start_s, before_s = time.monotonic(), _cpu(system)
     if isinstance(system.target, fio.FileTarget):
         sample = disk.measure(work, system.target.path, runtime_s)
+    elif isinstance(system.target, fio.IscsiTarget):
+        sample = qemu_img.measure(work, system.target, runtime_s)
     else:
         sample = fio.measure(work, system.target, runtime_s)
     _settle(system)
@@ -222,5 +224,5 @@ def _watch_lag(settings: Settings, systems: dict[str, Running], outcome: Outcome
             tell(f"watching the lag of {name}")
             try:
                 outcome.lags.append(watch(WORKS[_LAG_WORK], name, system, load_s))
-            except (fio.FioError, NotAvailableError) as error:
+            except (fio.LoadError, NotAvailableError) as error:
                 outcome.skipped[f"{name} (lag)"] = str(error)

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from scripts.benchlib.fio import BlockTarget, FileTarget, NbdTarget
+from scripts.benchlib.fio import BlockTarget, FileTarget, IscsiTarget, NbdTarget
 from scripts.benchlib.process import NotAvailableError
 from scripts.benchlib.workspace import Workspace
 
@@ -29,7 +29,7 @@ class Running:
     ``lag`` is there for an asynchronous copy only.
     """
 
-    target: NbdTarget | BlockTarget | FileTarget
+    target: NbdTarget | BlockTarget | FileTarget | IscsiTarget
     pids: dict[str, int]
     files: tuple[Path, ...]
     lag: Callable[[], Lag] | None = field(default=None)

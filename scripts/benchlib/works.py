@@ -48,21 +48,28 @@ WORKS = {
 NBD_SYSTEMS = ("blockrepl-nbd", "nbdkit", "qemu-nbd")
 REPLICATED_SYSTEMS = ("blockrepl-replicated", "qemu-mirror")
 LOOP_SYSTEMS = ("blockrepl-loop", "loop-qemu-fuse", "loop-nbdfuse")
-SYSTEMS = (*NBD_SYSTEMS, *REPLICATED_SYSTEMS, *LOOP_SYSTEMS, "disk")
+ISCSI_SYSTEMS = ("blockrepl-iscsi", "tgt")
+SYSTEMS = (*NBD_SYSTEMS, *REPLICATED_SYSTEMS, *LOOP_SYSTEMS, *ISCSI_SYSTEMS, "disk")
 
 # Who is compared with whom: the first of each family is ours.
-FAMILIES = (NBD_SYSTEMS, REPLICATED_SYSTEMS, LOOP_SYSTEMS)
+FAMILIES = (NBD_SYSTEMS, REPLICATED_SYSTEMS, LOOP_SYSTEMS, ISCSI_SYSTEMS)
 
 # Reading back from the page cache says nothing about a disk.
 _DISK_WORKS = frozenset({"randwrite-4k-qd1", "randwrite-4k-qd32", "write-1m-qd8", "randwrite-4k-qd1-fsync"})
 
 # --quick measures only what the table of aims needs: (works, systems that do them).
 _QUICK = (
-    ("randwrite-4k-qd32", (*NBD_SYSTEMS, *REPLICATED_SYSTEMS, "blockrepl-loop", "loop-qemu-fuse", "disk")),
-    ("randread-4k-qd32", NBD_SYSTEMS),
-    ("write-1m-qd8", ("blockrepl-nbd", "nbdkit", *REPLICATED_SYSTEMS, "blockrepl-loop", "loop-qemu-fuse", "disk")),
-    ("read-1m-qd8", ("blockrepl-nbd", "nbdkit")),
-    ("randwrite-4k-qd1", ("blockrepl-replicated", "disk")),
+    (
+        "randwrite-4k-qd32",
+        (*NBD_SYSTEMS, *REPLICATED_SYSTEMS, "blockrepl-loop", "loop-qemu-fuse", *ISCSI_SYSTEMS, "disk"),
+    ),
+    ("randread-4k-qd32", (*NBD_SYSTEMS, *ISCSI_SYSTEMS)),
+    (
+        "write-1m-qd8",
+        ("blockrepl-nbd", "nbdkit", *REPLICATED_SYSTEMS, "blockrepl-loop", "loop-qemu-fuse", *ISCSI_SYSTEMS, "disk"),
+    ),
+    ("read-1m-qd8", ("blockrepl-nbd", "nbdkit", *ISCSI_SYSTEMS)),
+    ("randwrite-4k-qd1", ("blockrepl-replicated", *ISCSI_SYSTEMS, "disk")),
 )
 QUICK_CELLS = frozenset((work, system) for work, systems in _QUICK for system in systems)
 

@@ -15,8 +15,9 @@ from scripts.benchlib.process import NotAvailableError
 from scripts.benchlib.works import MIB
 from scripts.interrupts import uninterrupted
 
-# Of ours: nbd, loop, P and S; of the peers: nbdkit, qemu-nbd, two of the mirror, two loops; the disk. And journals.
-_IMAGES = 11
+# Of ours: nbd, loop, iscsi, P and S; of the peers: nbdkit, qemu-nbd, two of the mirror, two loops, tgt; the disk.
+# And journals.
+_IMAGES = 13
 _JOURNALS = 3
 _COMMAND_TIMEOUT_S = 60.0
 _LAST_LINES = 3

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from scripts.benchlib.fio import FioError, parse
+from scripts.benchlib.fio import LoadError, parse
 from scripts.benchlib.works import WORKS
 
 
@@ -44,10 +44,10 @@ def test_line_of_the_nbd_engine_before_the_json_is_skipped() -> None:
     ],
 )
 def test_failed_run_is_an_error_that_says_why(text: str, message: str) -> None:
-    with pytest.raises(FioError, match=message):
+    with pytest.raises(LoadError, match=message):
         parse(WORKS["randwrite-4k-qd32"], text)
 
 
 def test_read_work_does_not_take_the_writes() -> None:
-    with pytest.raises(FioError, match="not one operation"):
+    with pytest.raises(LoadError, match="not one operation"):
         parse(WORKS["randread-4k-qd32"], output())
