@@ -227,6 +227,7 @@ _bodies: dict[int, Any] = {
         "id" / Int64ub,  # the number of its START
         "verify" / Flag,  # trust no bitmap: compare digests, copy what differs
         "rate_bytes" / Int64ub,  # per second and primary; 0 for unlimited
+        "forget" / Flag,  # both ends are the same already: P drops its own bits, nothing is copied
     ),
     Message.BITMAP: Struct(
         "volume" / Int16ub,
@@ -294,6 +295,7 @@ DEFAULTS: dict[int, dict[str, Any]] = {
         "copy_from": 0, "split": False,
     },
     Message.HEARTBEAT: {"pair": Pair.PAIR},
+    Message.RESYNC: {"verify": False, "rate_bytes": 0, "forget": False},
     Message.PROMISE: {"reform": False},
     Message.PROMISED: {
         "direction": 0, "pair": Pair.PAIR, "copying": False, "copy_from": 0, "initial": False, "end": 0,

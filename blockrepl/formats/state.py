@@ -58,6 +58,8 @@ _intermediate = Struct(
     "direction" / Int8ub,
     "pair" / Int8ub,
     "numbering" / Flag,
+    "limited" / Flag,
+    "auto" / Flag,
     "at" / Int64ub,
     "start" / Int64ub,
     "starts" / PrefixedArray(Int16ub, Struct("node" / Int16ub, "last" / Int64ub)),
@@ -138,6 +140,8 @@ class IntermediateState:
     direction: int = 0
     pair: int = int(Pair.PAIR)  # Pair; PFUL is not stored
     numbering: bool = True  # False: hop 1 is suspended
+    limited: bool = False  # hop 2 is suspended: nothing above ``at`` is sent
+    auto: bool = False  # suspended: resync without being asked, as soon as all are there
     at: int = 0  # suspended or copying: the number that the secondaries are at, or would go back to
     start: int = 0  # the resync under way: number of its first START
     starts: list[tuple[int, int]] = field(default_factory=list)  # (secondary, the number before its START)

@@ -68,6 +68,37 @@ class SaveState:
 
 
 @dataclass(slots=True)
+class SaveBits:
+    """Make every bitmap of this node durable as it is now; answered by `bits_saved(token)`."""
+
+    token: int
+
+
+@dataclass(slots=True)
+class MarkJournal:
+    """Set the hop-2 bits of every record up to ``through`` that is above ``after``, or above its sender's number in
+    ``checkpoints``, durably; answered by `journal_marked(token)`.
+    """
+
+    after: int
+    through: int
+    checkpoints: dict[int, int]
+    token: int
+
+
+@dataclass(slots=True)
+class Forget:
+    """Give up every record of this node's journal and save the role's `state`, in one write; then `saved(token)`."""
+
+    token: int
+
+
+@dataclass(slots=True)
+class Reformed:
+    """The state says another group now: the node builds this role anew from it."""
+
+
+@dataclass(slots=True)
 class Transmit:
     """Send records of stream ``node`` above ``after`` on ``link``, at most ``limit_bytes`` of frames.
 
@@ -178,5 +209,5 @@ class Event:
 
 Action = (
     Send | Close | Append | AppendNote | SyncJournal | SaveState | Transmit | Replay | Trim | Truncate | Apply
-    | SyncVolumes | StoreBatch | StoreRecord | FailBatch | DigestBlocks | Digested | Event
+    | SaveBits | MarkJournal | Forget | Reformed | SyncVolumes | StoreBatch | StoreRecord | FailBatch | DigestBlocks | Digested | Event
 )  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Any
 
 from blockrepl.block import Op, WriteBatch
 from blockrepl.chunks import Chunk
-from blockrepl.formats.link import Epoch, LinkRole, Message, decode_body, decode_header
+from blockrepl.formats.link import DEFAULTS, Epoch, LinkRole, Message, decode_body, decode_header
 from blockrepl.formats.record import RecordHead, RecordKind, decode_batch, decode_record, encode_record, number_record
 from blockrepl.formats.state import IntermediateState, PrimaryState, SecondaryState
 from blockrepl.replication.actions import Action, Send
@@ -88,7 +88,7 @@ def hello(role: LinkRole, node: int, peer: int, **fields: Any) -> dict[str, Any]
     return {
         "version_min": 1, "version_max": 1, "role": role, "features": 0, "group": GROUP, "node": node, "peer": peer,
         "incarnation": 1, "nonce": NONCE, "epoch": ONE, "promised": ONE, "highest": 0, "checkpoint": 0, "fresh": False,
-        "name": "peer", **fields,
+        "name": "peer", **DEFAULTS[Message.HELLO], **fields,
     }  # fmt: skip
 
 
@@ -97,7 +97,7 @@ def report(node: int, **fields: Any) -> dict[str, Any]:
     return {
         "version": 1, "role": LinkRole.SECONDARY, "features": 0, "node": node, "nonce": NONCE, "epoch": ONE,
         "promised": ONE, "through": 0, "batch": 0, "credit": FREE, "validated": 0, "prepared": 0, "applied": 0,
-        "active": False, **fields,
+        "active": False, **DEFAULTS[Message.WELCOME], **fields,
     }  # fmt: skip
 
 
