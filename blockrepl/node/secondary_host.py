@@ -80,7 +80,7 @@ class SecondaryHost(Host):
         self._commit = False
         self._notes: deque[tuple[int, int, int, int]] = deque()  # (position, number, epoch, received)
         self._syncs: deque[tuple[int, int]] = deque()  # (position, token)
-        self._unfit: deque[Append | AppendNote] = deque()
+        self._unfit: deque[Append | AppendNote | SyncJournal] = deque()
         self._trim_number = 0
         self._trimmer = Trimmer(journal, self._state, self._trimmed)
         self._reserve_bytes = journal.journal.ring_bytes // 4
@@ -187,6 +187,10 @@ class SecondaryHost(Host):
     def _put_unfit(self) -> None:
         while self._unfit:
             action = self._unfit[0]
+            if isinstance(action, SyncJournal):
+                self._unfit.popleft()
+                self._sync_appended(action)
+                continue
             if not self.journal.journal.fits(action.head.size_bytes if isinstance(action, Append) else 0):
                 return
             self._unfit.popleft()
@@ -209,8 +213,15 @@ class SecondaryHost(Host):
             self._cached_bytes -= held.head.size_bytes
 
     def _sync_journal(self, action: SyncJournal) -> None:
+        if self._unfit:  # it speaks for these too, and they are not in the journal yet
+            self._unfit.append(action)
+            self._commit = True
+        else:
+            self._sync_appended(action)
+
+    def _sync_appended(self, action: SyncJournal) -> None:
         journal = self.journal.journal
-        if journal.durable >= journal.tail and not self._unfit:
+        if journal.durable >= journal.tail:
             self.workers.later(lambda: self._done(action.token))
             return
         self._syncs.append((journal.tail, action.token))

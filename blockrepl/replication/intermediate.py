@@ -415,11 +415,9 @@ class Intermediate:
         self._heard_s.pop(link, None)
         self._nonces.pop(link, None)
         node = self._hello_links.pop(link, None)
-        if node is not None:
-            self.opening.parted(node, link)
         if link == self.opener_link:
             self.opener_link = 0
-        return []
+        return [] if node is None else self.opening.parted(node, link, now_s)
 
     def fail(self, reason: str) -> list[Action]:
         """Stop for good: a disk error, or a history that does not fit. Nothing is numbered or acknowledged any more."""

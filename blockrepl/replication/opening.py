@@ -100,13 +100,15 @@ class Opening:
             actions += self._learn(fields["epoch"], fields["promised"], active=active, now_s=now_s)
         return actions
 
-    def parted(self, node: int, link: int) -> None:
-        """A secondary's link is gone."""
+    def parted(self, node: int, link: int, now_s: float) -> list[Action]:
+        """A secondary's link is gone: what it was asked on it, it may never have heard."""
         report = self._reports.get(node)
-        if report is not None and report["link"] == link:
-            del self._reports[node]
-            if self.phase in (Phase.OPENING, Phase.STORING):
-                self._answers.discard(node)
+        if report is None or report["link"] != link:
+            return []
+        del self._reports[node]
+        if self.phase in (Phase.OPENING, Phase.STORING):
+            return self._start_over(now_s, f"secondary {node} went away")
+        return []
 
     def met(self, epoch: Epoch, now_s: float) -> list[Action]:
         """Somebody named a higher epoch: stop acknowledging, find out."""
@@ -299,8 +301,4 @@ class Opening:
         """After the back-off, a promise that led nowhere is superseded: a failed attempt must not stop production."""
         if self.phase is Phase.FROZEN and now_s >= self._open_at_s:
             return self._start_over(now_s - self._owner.policy.open_backoff_s, "the takeover led nowhere")
-        if self.phase in (Phase.OPENING, Phase.STORING):
-            if len(self._reports) < len(self._owner.streams.by_node):
-                return self._start_over(now_s, "a secondary went away")
-            return []
         return self._consider(now_s)

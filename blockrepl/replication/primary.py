@@ -18,7 +18,6 @@ from blockrepl.formats.link import (
     Epoch,
     LinkRole,
     Message,
-    Refusal,
     bulk_header,
     encode,
 )
@@ -282,7 +281,7 @@ class Primary:
         self.refusal = fields["text"]
         actions: list[Action] = [Event(f"the intermediate refused: {fields['text']}", {"code": fields["code"]})]
         higher: Epoch = max(fields["epoch"], fields["promised"])
-        if fields["code"] == Refusal.EPOCH and higher.number > self.state.promised.number:
+        if higher.number > self.state.promised.number:  # whatever it was refused for (rule 24)
             self.state.promised = higher
             actions.append(self._save("fence"))
         return [*actions, Close(self._link, "refused")]

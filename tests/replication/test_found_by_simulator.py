@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 from typing import Any
+from unittest import mock
 
 from blockrepl.block import WriteFlag
 from blockrepl.errors import BlockError
 from blockrepl.formats.journal import frame_bytes
-from blockrepl.formats.link import Epoch, LinkRole, Message, Refusal
+from blockrepl.formats.link import NO_EPOCH, Epoch, LinkRole, Message, Refusal
 from blockrepl.replication import opening
-from blockrepl.replication.actions import AppendNote, Apply, Close, SyncVolumes
+from blockrepl.replication.actions import Action, AppendNote, Apply, Close, SyncJournal, SyncVolumes
 from blockrepl.replication.secondary import Phase
 from blockrepl.replication.takeover import Takeover
 from tests.replication.roles import (
@@ -250,7 +251,7 @@ def test_a_sync_that_succeeds_after_one_that_failed_completes_no_fua_write() -> 
             process.volumes[1].submit(batch)
         group.oracle.excused.add("p1")
         file = process.machine.files["volume 1"]
-        file.fail_syncs = 1
+        file.fail("sync")
         group.world.run(group.world.now_s + 1, lambda: len(errors) == 2)
     assert [error.errno_code if error else 0 for error in errors] == [errno.EIO, errno.EIO]
 
@@ -276,12 +277,70 @@ def test_a_primary_that_learns_of_a_takeover_completes_no_fua_write_whose_sync_e
     assert [bool(each) for each in answers] == [True, True]
 
 
+def test_a_promise_waits_for_records_that_the_ring_has_no_room_for_yet() -> None:
+    """It said that it holds them, gave up their memory, and wrote what was in it by then to the journal (rule 23)."""
+    group = Group(1, Options(story="production"))
+    with group.limits():
+        group.create()
+        host = group.secondary("s1").host
+        assert group.world.run(5.0, lambda: host.role.link != 0)
+        journal = host.journal.journal
+        with mock.patch.object(journal, "fits", return_value=False):
+            host.perform([AppendNote(1, host.role.state.epoch.number, 0)])
+            done: list[float] = []
+
+            def synced(now_s: float) -> list[Action]:
+                done.append(now_s)
+                return []
+
+            host.perform([SyncJournal(host.role._later(synced))])
+            host.settle()
+            group.world.run(group.world.now_s + 0.5)
+            assert done == []
+        host._trimmed()
+        assert group.world.run(group.world.now_s + 0.5, lambda: bool(done))
+    assert host.role.state.prepared == 1
+
+
 def fua_write() -> Any:
     """One block, FUA."""
     batch = write(BLOCK)
     batch.flags[0] = WriteFlag.FUA
     batch.fua = True
     return batch
+
+
+def test_an_epoch_refused_for_any_reason_ends_the_older_one_at_the_primary() -> None:
+    """Rule 24: it had received the epoch, though with "not now" and not with "you are history"."""
+    role = live(primary())
+    refusal = {"code": Refusal.STATE, "epoch": ONE, "promised": TWO, "text": "the journal failed"}
+    saved(role, role.received(1, Message.REFUSED, refusal, 0.0))
+    assert role.fenced
+    role.lost(1, 0.0)
+    hello_fields = one(role.connected(2, NONCE, 0.0), Message.HELLO)
+    assert hello_fields["promised"] == TWO  # so that the intermediate opens a higher one
+
+
+def test_a_secondary_that_comes_back_while_an_epoch_is_being_stored_is_asked_again() -> None:
+    """It had stored it, and its answer was forgotten with its link: nobody would ever serve."""
+    role = intermediate(epoch=NO_EPOCH, promised=NO_EPOCH)
+    actions = []
+    for node in (S1, S2):
+        role.connected(100 + node, node, NONCE, 0.0)
+        nothing = report(node, epoch=NO_EPOCH, promised=NO_EPOCH)
+        actions += saved(role, role.received(100 + node, Message.WELCOME, nothing, 0.0))
+    [promise] = {fields["epoch"] for _, kind, fields in messages(actions) if kind == Message.PROMISE}
+    answer = {"epoch": promise, "stored": NO_EPOCH, "held": 0, "validated": 0, "applied": 0, "active": False}
+    stored = {"epoch": promise, "applied": 0, "discarded_writes": 0, "discarded_bytes": 0}
+    for node in (S1, S2):
+        saved(role, role.received(100 + node, Message.PROMISED, answer, 1.0))
+    role.received(100 + S1, Message.STORED, stored, 1.0)
+    actions = role.lost(100 + S1, 1.0)
+    role.received(100 + S2, Message.STORED, stored, 1.0)
+    assert [type(each).__name__ for each in actions] == ["Event", "Close"]  # all greet anew
+    role.lost(100 + S2, 1.0)
+    serving(role, epoch=promise, promised=promise)
+    assert role.phase is opening.Phase.SERVING
 
 
 def test_saving_helper_runs_what_waits() -> None:

@@ -1,67 +1,110 @@
-"""`scripts/simulate`: many seeds, or one with its trace."""
+"""`scripts/simulate`: many seeds; or one, its story told, and made short."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
-import traceback
-from collections import Counter
+from collections import deque
+from contextlib import nullcontext
 
-from tests.sim.group import Group, Options
+from tests.sim.campaign import campaign
+from tests.sim.case import Case, Failure
+from tests.sim.group import Options
+from tests.sim.plan import KINDS, STORIES
+from tests.sim.planted import NAMES, by_name, options_for
+from tests.sim.shrink import Shrinker
 
 
-def show(group: Group, lines: int) -> None:
-    """The end of a trace."""
-    for now_s, who, text in list(group.world.trace)[-lines:]:
-        print(f"{now_s:9.4f} {who:4} {text}")
+def numbers(text: str) -> frozenset[int]:
+    """ "3,9" """
+    return frozenset(int(word) for word in text.split(",") if word)
+
+
+def kinds(text: str) -> tuple[str, ...]:
+    """ "kill,power" """
+    found = tuple(word.strip() for word in text.split(",") if word.strip())
+    unknown = [word for word in found if word not in KINDS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no such fault: {', '.join(unknown)}; there are {', '.join(KINDS)}")
+    return found
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="scripts/simulate", description="Runs a group under simulated faults.")
+    add = parser.add_argument
+    add("--seeds", type=int, default=100, metavar="N", help="how many runs (100)")
+    add("--from", type=int, default=0, dest="first", metavar="K", help="the first seed (0)")
+    add("--minutes", type=float, metavar="M", help="stop after so many minutes")
+    add("--jobs", type=int, default=0, help="how many processes (one per core)")
+    add("--keep-going", action="store_true", help="go on after a failure")
+    add("--seed", type=int, metavar="K", help="one run, and its story")
+    add("--shrink", action="store_true", help="with --seed: make a failing run short")
+    add("--lines", type=int, default=150, help="with --seed: the last so many lines of the story (150); 0 for all")
+    add("--planted", choices=NAMES, metavar="NAME", help="with a planted bug: see docs/planted.md")
+    one = parser.add_argument_group("what a run is; drawn from the seed where not given")
+    add = one.add_argument
+    add("--seconds", type=float, default=Options.seconds, help="simulated seconds with faults (8)")
+    add("--story", choices=sorted(set(STORIES)))
+    add("--threads", type=int, help="hosts' threads")
+    add("--volumes", type=int, choices=[1, 2, 3])
+    add("--ring", type=int, metavar="BYTES", help="the intermediate's ring")
+    add("--every", type=float, metavar="SECONDS", help="mean time between faults")
+    add("--only", type=kinds, metavar="KIND,…", help="these faults only")
+    less = parser.add_argument_group("what the shrinker leaves out")
+    add = less.add_argument
+    add("--until", type=float, metavar="SECONDS", help="faults and hosts stop then")
+    add("--faults", type=numbers, metavar="N,…", help="only these faults of the seed's plan")
+    add("--salt", type=int, default=0, help="other delays and contents")
+    return parser.parse_args()
+
+
+def options_of(args: argparse.Namespace) -> Options:
+    """What the command line says, over what a planted bug asks for."""
+    planted = options_for(args.planted) if args.planted else Options()
+    story = args.story or planted.story
+    return Options(
+        seconds=args.seconds, threads=args.threads or planted.threads, volumes=args.volumes, ring_bytes=args.ring,
+        story=story, fault_every_s=args.every or planted.fault_every_s,
+        faults=args.only if args.only is not None else planted.faults,
+        until_s=args.until, keep=args.faults, salt=args.salt,
+    )  # fmt: skip
+
+
+def tell(case: Case, lines: int) -> int:
+    """One run: its story, and what broke."""
+    within = by_name(case.planted) if case.planted else nullcontext
+    outcome = case.run(within)
+    story = list(case.story(within)) if lines == 0 else list(deque(case.story(within), maxlen=lines))
+    print("\n".join(story))
+    if isinstance(outcome, Failure):
+        print(f"\n{outcome.text}\n\n{outcome.where}\nreplay: {case.command()}")
+        return 1
+    print(outcome)
+    return 0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Run a consistency group under simulated faults.")
-    parser.add_argument("--seeds", type=int, default=100, help="how many runs")
-    parser.add_argument("--from", type=int, default=0, dest="first", help="the first seed")
-    parser.add_argument("--seed", type=int, help="one run, with its trace")
-    parser.add_argument("--seconds", type=float, default=8.0, help="simulated seconds with faults, per run")
-    parser.add_argument("--story", choices=["production", "attempts", "disaster", "planned"])
-    parser.add_argument("--minutes", type=float, help="stop after so many minutes")
-    parser.add_argument("--keep-going", action="store_true", help="go on after a failure")
-    args = parser.parse_args()
-    options = Options(seconds=args.seconds, story=args.story)
-    if args.seed is not None:
-        group = Group(args.seed, options)
-        group.world.echo = True
-        print(group.run())
-        return 0
-    began = time.monotonic()
-    counts: Counter[str] = Counter()
-    failures: list[tuple[int, str]] = []
-    for seed in range(args.first, args.first + args.seeds):
-        if args.minutes and time.monotonic() - began > args.minutes * 60:
-            break
-        group = Group(seed, options)
-        try:
-            result = group.run()
-        except (Exception, AssertionError) as error:
-            failures.append((seed, f"{type(error).__name__}: {error}"))
-            print(f"seed {seed} ({group.story}): {type(error).__name__}: {error}", flush=True)
-            print(f"    replay: scripts/simulate --seed {seed} --seconds {args.seconds:g}"
-                  + (f" --story {args.story}" if args.story else ""), flush=True)  # fmt: skip
-            if not args.keep_going:
-                show(group, 60)
-                traceback.print_exc()
-                break
-        else:
-            counts.update(
-                steps=result.steps, records=result.records, completions=result.completions, errors=result.errors,
-                faults=result.faults, trials=result.trials, takeovers=result.taken_over, digests=result.digests,
-            )  # fmt: skip
-        counts["runs"] += 1
-    took_s = time.monotonic() - began
-    print(f"{counts['runs']} runs in {took_s:.1f} s, {counts['steps'] / took_s:.0f} steps/s; " + ", ".join(
-        f"{name} {count}" for name, count in counts.items() if name != "runs"))  # fmt: skip
-    print(f"{len(failures)} failures")
-    return 1 if failures else 0
+    args = parse()
+    options = options_of(args)
+    if args.seed is None:
+        tally = campaign(args.first, args.seeds, options, planted=args.planted or "", minutes=args.minutes,
+                         jobs=args.jobs, keep_going=args.keep_going)  # fmt: skip
+        print(tally)
+        for case, failure in tally.failures:
+            print(f"{failure.text}\n    replay: {case.command()}")
+        if tally.failures and not args.keep_going:
+            return tell(tally.failures[0][0], args.lines)
+        return 1 if tally.failures else 0
+    case = Case(args.seed, options, args.planted or "")
+    if args.shrink:
+        within = by_name(case.planted) if case.planted else nullcontext
+        outcome = case.run(within)
+        if not isinstance(outcome, Failure):
+            print(f"seed {case.seed} does not fail: nothing to make short")
+            return 2
+        print(outcome.text)
+        case, _ = Shrinker(case, outcome, within).shrink()
+    return tell(case, args.lines)
 
 
 if __name__ == "__main__":

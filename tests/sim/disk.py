@@ -36,8 +36,32 @@ class SimFile:
         self.platter = bytearray(size_bytes)
         self.pending: list[tuple[int, int, bytes]] = []  # (serial, offset, data)
         self.serial = 0
-        self.fail_writes = 0
-        self.fail_syncs = 0
+        self._faults: dict[str, list[int]] = {}  # "write" or "sync" → [operations that still work, that fail, errno]
+
+    def fail(self, kind: str, *, after: int = 0, times: int = 1, code: int = errno.EIO) -> None:
+        """``times`` operations of a kind fail, behind ``after`` that work."""
+        self._faults[kind] = [after, times, code]
+
+    def mend(self) -> None:
+        """No error any more."""
+        self._faults.clear()
+
+    def _trip(self, kind: str) -> None:
+        fault = self._faults.get(kind)
+        if fault is None:
+            return
+        if fault[0]:
+            fault[0] -= 1
+            return
+        fault[1] -= 1
+        if not fault[1]:
+            del self._faults[kind]
+        raise OSError(fault[2], f"injected {kind} error")
+
+    def flip(self, offset: int, bit: int) -> None:
+        """A bit of the platter changes by itself; for a file that no process has open."""
+        self.platter[offset] ^= 1 << bit
+        self.cache[offset] ^= 1 << bit
 
     def copy(self) -> SimFile:
         """Another file of the same content and fate."""
@@ -50,9 +74,7 @@ class SimFile:
         """Into the cache. Raises OSError when one was asked for."""
         assert offset >= 0
         assert offset + len(data) <= len(self.cache)
-        if self.fail_writes:
-            self.fail_writes -= 1
-            raise OSError(errno.EIO, "injected write error")
+        self._trip("write")
         self.cache[offset : offset + len(data)] = data
         self.serial += 1
         self.pending.append((self.serial, offset, bytes(data)))
@@ -67,9 +89,7 @@ class SimFile:
         """A sync that began at ``serial`` is done. Raises OSError when one was asked for."""
         covered = [each for each in self.pending if each[0] <= serial]
         self.pending = [each for each in self.pending if each[0] > serial]
-        if self.fail_syncs:
-            self.fail_syncs -= 1
-            raise OSError(errno.EIO, "injected sync error")
+        self._trip("sync")
         for _, offset, data in covered:
             self.platter[offset : offset + len(data)] = data
 
@@ -77,9 +97,7 @@ class SimFile:
         """As pwritev2 with RWF_DSYNC: this and nothing else becomes durable. Raises OSError."""
         self.write(offset, data)
         serial, _, whole = self.pending.pop()
-        if self.fail_syncs:
-            self.fail_syncs -= 1
-            raise OSError(errno.EIO, "injected sync error")
+        self._trip("sync")
         self.serial = serial
         # What is still pending there is older, and must not come back over it.
         end = offset + len(whole)

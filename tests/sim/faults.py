@@ -1,61 +1,60 @@
-"""The schedule of faults, and the operator's doings, as the seed has them."""
+"""What can go wrong, and the operator's doings."""
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
+from random import Random
 from typing import TYPE_CHECKING
 
+from blockrepl.formats.journal import RING_OFFSET
 from blockrepl.replication.takeover import Takeover
+from tests.sim.damage import HARMLESS, verdict_of
+from tests.sim.plan import Planned, plan
+from tests.sim.process import Process
 
 if TYPE_CHECKING:
     from tests.sim.group import Group
 
 NAMES = ("p1", "p2", "i", "s1", "s2")
+LINKS = [("p1", "i"), ("p2", "i"), ("i", "s1"), ("i", "s2"), ("s1", "s2")]
+SITES = {"primary": ["p1", "p2"], "intermediate": ["i"], "secondary": ["s1", "s2"]}
+FOR_EVER = 1 << 30
 
 
 class Faults:
-    """Something goes wrong every now and then, until `stop`."""
+    """Performs the plan of a group, until `stop`."""
 
     def __init__(self, group: Group) -> None:
-        from tests.sim.group import LINKS, SITES
-
         self.group = group
         self.world = group.world
-        self.random = random = group.random
-        self._links, self._sites = LINKS, SITES
+        self.random: Random = group.random  # of the fault that is being performed
         self._stopped = False
-        self._every_s = group.options.fault_every_s or random.choice([0.2, 0.6, 2.0])
-        kinds: dict[str, Callable[[], None]] = {
-            "kill": self._kill, "kill in mid-step": self._kill_in_step, "power": self._power, "site": self._site,
-            "cut": self._cut, "isolate": self._isolate, "reset": self._reset, "disk error": self._disk_error,
-            "slow disk": self._slow_disk, "dry run": self._dry_run, "kill two": self._kill_two,
+        options = group.options
+        self.plan = plan(group.seed, group.story, options.seconds, options.fault_every_s, options.faults)
+        for each in self.plan:
+            if options.keep is None or each.number in options.keep:
+                self.world.after(each.at_s, lambda each=each: self._perform(each))  # type: ignore[misc]
+        self._kinds: dict[str, Callable[[], None]] = {
+            "kill": self._kill, "kill in mid-step": self._kill_in_step, "kill two": self._kill_two,
+            "pause": self._pause, "power": self._power, "site": self._site, "cut": self._cut,
+            "cut one way": self._cut_one_way, "isolate": self._isolate, "reset": self._reset,
+            "disk error": self._disk_error, "disk broken": self._disk_broken, "disk full": self._disk_full,
+            "flipped bits": self._flip, "slow disk": self._slow_disk, "wall clock": self._wall_clock,
+            "clock rate": self._clock_rate, "dry run": self._dry_run, "operator": self._operator,
+            "attempt": self._attempt, "disaster": self._disaster, "takeover": self._try_takeover,
         }  # fmt: skip
-        if group.options.faults is not None:
-            kinds = {name: kind for name, kind in kinds.items() if name in group.options.faults}
-        elif random.random() < 0.5:
-            kept = random.sample(sorted(kinds), random.randint(2, 6))
-            kinds = {name: kind for name, kind in kinds.items() if name in kept}
-        self._kinds = kinds
-        self.world.after(random.uniform(0.3, 1.0), self._next)
-        if group.story == "attempts":
-            self.world.after(random.uniform(0.5, 3), self._attempt)
-        elif group.story == "disaster":
-            self.world.after(random.uniform(1, group.options.seconds / 2), self._disaster)
-        elif group.story == "planned":
-            self.world.after(random.uniform(1, group.options.seconds / 2), self._try_takeover)
 
     def stop(self) -> None:
         """No more."""
         self._stopped = True
 
-    def _next(self) -> None:
-        if self._stopped:
-            return
-        self.world.after(self.random.expovariate(1 / self._every_s), self._next)
-        if self._kinds:
-            name = self.random.choice(list(self._kinds))
+    def _perform(self, planned: Planned) -> None:
+        if not self._stopped:
+            self.random = self.group.chance or planned.chance()
             self.group.result.faults += 1
-            self._kinds[name]()
+            self.group.performed.append(planned.number)
+            self._kinds[planned.kind]()
 
     def _later(self, delay_s: float, what: Callable[[], object]) -> None:
         def unless_stopped() -> None:
@@ -64,11 +63,19 @@ class Faults:
 
         self.world.after(delay_s, unless_stopped)
 
+    def _say(self, text: str) -> None:
+        self.world.say("", text)
+
+    def _anybody(self) -> Process:
+        return self.group.processes[self.random.choice(NAMES)]
+
     def _down_s(self) -> float:
         return self.random.choice([0.02, 0.2, 1.5])
 
+    # processes
+
     def _kill(self) -> None:
-        process = self.group.processes[self.random.choice(NAMES)]
+        process = self._anybody()
         process.crash()
         self._later(self._down_s(), process.boot)
 
@@ -79,16 +86,23 @@ class Faults:
             self._later(self._down_s(), process.boot)
 
     def _kill_in_step(self) -> None:
-        process = self.group.processes[self.random.choice(NAMES)]
+        process = self._anybody()
         process.kill_in = self.random.randint(1, 30)
         self._later(1.0, process.boot)
         self._later(2.0, process.boot)
+
+    def _pause(self) -> None:
+        process = self._anybody()
+        if process.alive:
+            seconds = self.random.choice([0.05, 0.4, 1.5, 3.0])
+            self._say(f"{process.name} is stopped (SIGSTOP) for {seconds} s")
+            process.paused_until_s = self.world.now_s + seconds
 
     def _power(self) -> None:
         self._cut_power([self.random.choice(NAMES)])
 
     def _site(self) -> None:
-        self._cut_power(self._sites[self.random.choice(list(self._sites))])
+        self._cut_power(SITES[self.random.choice(list(SITES))])
 
     def _cut_power(self, names: list[str]) -> None:
         down_s = self._down_s()
@@ -102,15 +116,28 @@ class Faults:
 
             self._later(down_s + self.random.uniform(0, 0.1), on)
 
+    # the network
+
+    def _outage_s(self) -> float:
+        return self.random.choice([0.05, 0.5, 1.5, 3.0])
+
     def _cut(self) -> None:
-        one, other = self.random.choice(self._links)
-        self.world.say("", f"the link {one} - {other} is cut")
+        one, other = self.random.choice(LINKS)
+        self._say(f"the link {one} - {other} is cut")
         self.group.network.cut(one, other)
-        self._later(self.random.choice([0.05, 0.5, 1.5, 3.0]), lambda: self.group.network.heal(one, other))
+        self._later(self._outage_s(), lambda: self.group.network.heal(one, other))
+
+    def _cut_one_way(self) -> None:
+        one, other = self.random.choice(LINKS)
+        if self.random.random() < 0.5:
+            one, other = other, one
+        self._say(f"what {one} sends to {other} is lost")
+        self.group.network.cut(one, other, both=False)
+        self._later(self._outage_s(), lambda: self.group.network.heal(one, other, both=False))
 
     def _isolate(self) -> None:
         name = self.random.choice(NAMES)
-        self.world.say("", f"{name} is cut off")
+        self._say(f"{name} is cut off")
         for other in NAMES:
             self.group.network.cut(name, other)
 
@@ -118,71 +145,119 @@ class Faults:
             for other in NAMES:
                 self.group.network.heal(name, other)
 
-        self._later(self.random.choice([0.05, 0.5, 1.5, 3.0]), heal)
+        self._later(self._outage_s(), heal)
 
     def _reset(self) -> None:
         if self.group.network.connections:
             connection = self.random.choice(self.group.network.connections)
             names = [process.name for process in connection.processes]
-            self.world.say("", f"a connection {' - '.join(names)} breaks")
+            self._say(f"a connection {' - '.join(names)} breaks")
             connection.drop()
 
-    def _disk_error(self) -> None:
-        process = self.group.processes[self.random.choice(NAMES)]
-        name = self.random.choice(list(process.machine.files))
-        file = process.machine.files[name]
-        kind = self.random.choice(["write", "sync"])
-        self.world.say(process.name, f"the next {kind} of {name} fails")
-        self.group.oracle.excused.add(process.name)
-        if kind == "write":
-            file.fail_writes = 1
-        else:
-            file.fail_syncs = 1
+    # disks
 
-        def restart() -> None:
+    def _disk_error(self) -> None:
+        """Once, at the Nth operation."""
+        self._break_disk("fails", times=1, code=errno.EIO)
+
+    def _disk_broken(self) -> None:
+        """For good: a restart does not help until the disk is seen to."""
+        self._break_disk("fails from now on", times=FOR_EVER, code=errno.EIO)
+
+    def _disk_full(self) -> None:
+        self._break_disk("finds no space from now on", times=FOR_EVER, code=errno.ENOSPC)
+
+    def _break_disk(self, how: str, times: int, code: int) -> None:
+        process = self._anybody()
+        name = self.random.choice(list(process.machine.files))
+        kind = "write" if code == errno.ENOSPC else self.random.choice(["write", "sync"])
+        after = self.random.choice([0, 0, 1, 5])
+        self._say(f"{process.name}: the {kind} of {name} after the next {after} {how}")
+        self.group.oracle.excused.add(process.name)
+        process.machine.files[name].fail(kind, after=after, times=times, code=code)
+        for _ in range(self.random.randint(0, 2)):
+            self._later(self.random.uniform(0.05, 1), lambda: self._restart(process))
+
+        def repaired() -> None:
             for each in process.machine.files.values():
-                each.fail_writes = each.fail_syncs = 0
-            process.crash("restarted by the operator")
-            process.boot()
+                each.mend()
+            self._restart(process)
             self.group.oracle.excused.discard(process.name)
 
-        self._later(self.random.uniform(0.1, 2), restart)
+        self._later(self.random.uniform(0.1, 2), repaired)
+
+    @staticmethod
+    def _restart(process: Process) -> None:
+        process.crash("restarted by the operator")
+        process.boot()
+
+    def _flip(self) -> None:
+        """A bit changes while a node is down; a file that is the worse for it comes back from a backup."""
+        process = self._anybody()
+        process.crash("taken down")
+        name = self.random.choice([name for name in process.machine.files if not name.startswith("volume")])
+        file = process.machine.files[name]
+        before = file.copy()
+        within = RING_OFFSET if self.random.random() < 0.3 else len(file.platter)
+        file.flip(self.random.randrange(min(within, len(file.platter))), self.random.randrange(8))
+        verdict = verdict_of(process, name, before)
+        self._say(f"{process.name}: a bit of {name} flips: {verdict}")
+        if verdict != HARMLESS:
+            file.cache[:], file.platter[:], file.pending = before.cache, before.platter, before.pending
+        self._later(self._down_s(), process.boot)
 
     def _slow_disk(self) -> None:
-        process = self.group.processes[self.random.choice(NAMES)]
+        process = self._anybody()
         if process.alive:
             self.world.say(process.name, "has a slow disk for a while")
             process.disk.slow_until_s = self.world.now_s + self.random.uniform(0.2, 1.5)
+
+    # clocks
+
+    def _wall_clock(self) -> None:
+        process = self._anybody()
+        process.machine.clock.wall_offset_s = self.random.choice([-1e8, -3600, -1, 1, 3600, 1e8])
+        self._say(f"the wall clock of {process.name} jumps by {process.machine.clock.wall_offset_s} s")
+
+    def _clock_rate(self) -> None:
+        process = self._anybody()
+        rate = self.random.uniform(0.72, 1.4)
+        process.machine.clock.drift(rate)
+        self._say(f"the clock of {process.name} runs at {rate:.2f}")
 
     # the operator
 
     def _dry_run(self) -> None:
         self.group.operate(self.random.choice(["s1", "s2"]), dry_run=True)
 
+    def _operator(self) -> None:
+        """A dry run typed twice, or at two nodes."""
+        names = self.random.choice([["s1", "s1"], ["s1", "s2"], ["s2", "s2"]])
+        for name in names:
+            self._later(self.random.choice([0.0, 0.01]), lambda name=name: self.group.operate(name, dry_run=True))  # type: ignore[misc]
+
     def _attempt(self) -> None:
-        """A takeover at a bad moment; its node dies before it ends, mostly."""
-        if self._stopped:
-            return
-        self.world.after(self.random.expovariate(1 / 2.5), self._attempt)
-        names = self.random.choice([["s1"], ["s2"], ["s1", "s2"]])
+        """A takeover at a bad moment, perhaps typed twice; its node dies before it ends, mostly."""
+        names = self.random.choice([["s1"], ["s2"], ["s1", "s2"], ["s1", "s1"]])
         for name in names:
             self.group.operate(name, force=self.group.may_force and self.random.random() < 0.15)
         if self.random.random() < 0.8:
             victims = self.random.sample(NAMES, self.random.choice([1, 1, 2]))
-            self._later(self.random.choice([0.005, 0.02, 0.05, 0.2]), lambda: self._strike(victims))
+            power, down_s = self.random.random() < 0.5, self._down_s()
+            self._later(self.random.choice([0.005, 0.02, 0.05, 0.2]), lambda: self._strike(victims, power, down_s))
 
-    def _strike(self, names: list[str]) -> None:
-        if self.random.random() < 0.5:
+    def _strike(self, names: list[str], power: bool, down_s: float) -> None:
+        if power:
             self._cut_power(names)
             return
         for name in names:
             process = self.group.processes[name]
             process.crash()
-            self._later(self._down_s(), process.boot)
+            self._later(down_s, process.boot)
 
     def _disaster(self) -> None:
         """The primary site burns, the intermediate perhaps too; the operator takes over until it works."""
-        self.world.say("", "disaster")
+        self._say("disaster")
         names = ["p1", "p2"] + (["i"] if self.random.random() < 0.5 else [])
         for name in names:
             process = self.group.processes[name]

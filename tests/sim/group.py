@@ -17,6 +17,7 @@ from blockrepl.replication.takeover import Takeover
 from tests.sim.hosts import Hosts
 from tests.sim.network import Network
 from tests.sim.oracle import Oracle
+from tests.sim.plan import STORIES
 from tests.sim.process import (
     BLOCK,
     IntermediateProcess,
@@ -27,9 +28,6 @@ from tests.sim.process import (
 )
 from tests.sim.world import Violation, World
 
-LINKS = [("p1", "i"), ("p2", "i"), ("i", "s1"), ("i", "s2"), ("s1", "s2")]
-SITES = {"primary": ["p1", "p2"], "intermediate": ["i"], "secondary": ["s1", "s2"]}
-STORIES = ["production"] * 4 + ["attempts"] * 3 + ["disaster"] * 2 + ["planned"]
 HEALED_S = 40.0  # the time that a healed group has to come to rest
 
 
@@ -44,6 +42,10 @@ class Options:
     story: str | None = None  # "production", "attempts", "disaster", "planned"
     fault_every_s: float | None = None
     faults: tuple[str, ...] | None = None
+    # For the shrinker: the same run with less in it.
+    until_s: float | None = None  # hosts and faults end then
+    keep: frozenset[int] | None = None  # faults of the plan, by number
+    salt: int = 0  # other delays and contents
 
 
 @dataclass
@@ -93,18 +95,25 @@ class Group:
 
     def __init__(self, seed: int, options: Options | None = None, chance: Random | None = None) -> None:
         """``chance``: instead of what the seed gives."""
+        self.seed = seed
         self.options = options = options or Options()
-        self.world = world = World(seed, chance)
-        random = self.random = world.random
+        self.chance = chance
+        self.world = world = World(seed, chance or Random(f"{seed} salt {options.salt}"))
+        self.random = world.random
+        random = chance or Random(f"{seed} layout")
         self.network = Network(world)
         self.network.duplicate = random.choice([0, 0, 0.01])
-        ring = options.ring_bytes or random.choice([128 << 10, 256 << 10, 1 << 20])
+        ring = random.choice([128 << 10, 256 << 10, 1 << 20])
+        ring = options.ring_bytes or ring
         self.cache_bytes = random.choice([16 << 10, 64 << 10, 48 << 20])
         self.max_blocks = min(16, ring // (16 * 4096) * 4)
-        self.layout = self._layout(options, ring)
+        self.layout = self._layout(options, ring, random)
         self.oracle = Oracle(world, self.layout)
         self.processes = self._processes()
-        self.story = options.story or random.choice(STORIES)
+        self.threads = random.choice([1, 4, 12])
+        self.performed: list[int] = []  # faults of the plan, by number
+        self.story = random.choice(STORIES)
+        self.story = options.story or self.story
         self.may_force = random.random() < 0.3
         self.forced = False  # a forced takeover was begun
         self.result = Result(seed, self.story)
@@ -112,9 +121,9 @@ class Group:
         self._since_images = 0
         world.checks.append(self._check)
 
-    def _layout(self, options: Options, ring: int) -> Layout:
-        random = self.random
-        count = options.volumes or random.choice([2, 3])
+    def _layout(self, options: Options, ring: int, random: Random) -> Layout:
+        count = random.choice([2, 3])
+        count = options.volumes or count
         owners = {1: ("p1", "s1"), 2: ("p2", "s2"), 3: random.choice([("p1", "s2"), ("p2", "s1")])}
         size = random.choice([16, 64]) * BLOCK
         policy = Policy(
@@ -179,7 +188,7 @@ class Group:
 
     def begin_work(self, threads: int | None = None) -> None:
         """Hosts start to write."""
-        threads = threads or self.options.threads or self.random.choice([1, 4, 12])
+        threads = threads or self.options.threads or self.threads
         volumes = {v: self.primary(owner) for v, (owner, _, _) in self.layout.volumes.items()}
         self.hosts = Hosts(self.world, self.oracle, volumes, threads, self.max_blocks)
 
@@ -191,7 +200,7 @@ class Group:
             self.create()
             self.begin_work()
             faults = Faults(self)
-            self.world.run(self.options.seconds)
+            self.world.run(self.options.until_s or self.options.seconds)
             faults.stop()
             self.rest()
         result, oracle, world = self.result, self.oracle, self.world
@@ -217,9 +226,10 @@ class Group:
         self.network.heal_all()
         for process in self.processes.values():
             for file in process.machine.files.values():
-                file.fail_syncs = file.fail_writes = 0
-            process.kill_in = 0
-            if process.alive and self.stopped(process):
+                file.mend()
+            process.machine.clock.drift(1.0)
+            process.kill_in, process.paused_until_s = 0, 0.0
+            if process.alive and (self.stopped(process) or process.name in self.oracle.excused):
                 process.crash("restarted by the operator")
             process.power_on()
             process.boot()
@@ -342,7 +352,7 @@ class Group:
                 done(role)
 
         process = self.secondary(name)
-        if process.alive:
+        if process.alive and process.paused_until_s <= self.world.now_s:
             self.forced = self.forced or force
             self.world.enter(process, lambda: process.take_over(finished, dry_run=dry_run, force=force))
 

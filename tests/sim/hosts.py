@@ -45,7 +45,8 @@ class Hosts:
         random = self.world.random
         volume_id = random.choice(list(self.volumes))
         process = self.volumes[volume_id]
-        ready = process.alive and process.host is not None and process.host.role.serving
+        awake = process.alive and process.paused_until_s <= self.world.now_s
+        ready = awake and process.host is not None and process.host.role.serving
         if not ready or process.volumes[volume_id].congested:
             self.world.after(RETRY_S, self._next)
         elif random.random() < 0.05:
@@ -92,6 +93,8 @@ class Hosts:
             assert process.life == life, "a dead process told a host"
             self.oracle.submitting.pop(id(batch), None)
             del self._open[id(write)]
+            self.world.say(process.name, f"tells a host: write {write.number} of volume {volume_id} "
+                           + ("is done" if batch.errors is None else "failed"))  # fmt: skip
             if batch.errors is None:
                 self.oracle.complete(process, write)
                 if write.fua:

@@ -117,19 +117,15 @@ class SimConnection:
         self.flying: tuple[deque[bytes], deque[bytes]] = (deque(), deque())
         self._due_s = [0.0, 0.0]
         self._stalled = [False, False]
-        self.old: tuple[list[bytes], list[bytes]] = ([], [])  # messages that may arrive a second time
 
     def send(self, side: int, data: bytes) -> None:
         """Some pieces, in order."""
         random = self.world.random
-        if random.random() < self.network.duplicate:
-            self.old[side].append(data)
         pieces = [data]
         if len(data) > 1 and random.random() < 0.15:
             cut = random.randrange(1, len(data))
             pieces = [data[:cut], data[cut:]]
-        if self.old[side] and random.random() < self.network.duplicate:
-            pieces.append(random.choice(self.old[side]))
+        pieces += self.network.late(self.processes[side].name, self.processes[1 - side].name, data)
         for piece in pieces:
             self._put(side, piece)
 
@@ -156,6 +152,9 @@ class SimConnection:
         if self.network.is_cut(sender.name, receiver.name):
             self._stalled[side] = True
             return
+        if receiver.paused_until_s > self.world.now_s:
+            self.world.after(receiver.paused_until_s - self.world.now_s, lambda: self._arrive(side))
+            return
         piece = flying.popleft()
         stream = self.streams[1 - side]
         if not self._alive(1 - side) or stream is None or stream.closed:
@@ -165,9 +164,12 @@ class SimConnection:
         self.world.enter(receiver, lambda: stream.deliver(piece) if piece else stream.ended())
 
     def _reset(self, side: int) -> None:
-        stream = self.streams[side]
+        stream, process = self.streams[side], self.processes[side]
         if self._alive(side) and stream is not None and not stream.closed:
-            self.world.enter(self.processes[side], stream.ended)
+            if process.paused_until_s > self.world.now_s:
+                self.world.after(process.paused_until_s - self.world.now_s, lambda: self._reset(side))
+            else:
+                self.world.enter(process, stream.ended)
 
     def healed(self) -> None:
         """The network works again: what was sent is sent again."""
@@ -226,33 +228,47 @@ class SimLinkTable(LinkTable):
 
 
 class Network:
-    """Who may talk to whom."""
+    """Who may talk to whom. ``duplicate``: how often a message comes again, on its connection or a later one."""
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.processes: dict[str, Process] = {}
         self.connections: list[SimConnection] = []
         self.duplicate = 0.0
-        self._cuts: dict[frozenset[str], int] = {}
+        self._cuts: dict[tuple[str, str], int] = {}  # from, to
+        self._old: dict[tuple[str, str], list[bytes]] = {}
 
-    def is_cut(self, one: str, other: str) -> bool:
-        """Whether nothing passes between two machines."""
-        return one != other and bool(self._cuts.get(frozenset((one, other))))
+    def late(self, sender: str, receiver: str, data: bytes) -> list[bytes]:
+        """What comes a second time behind a message (invariant 9)."""
+        random, old = self.world.random, self._old.setdefault((sender, receiver), [])
+        if random.random() < self.duplicate:
+            old.append(data)
+        return [random.choice(old)] if old and random.random() < self.duplicate else []
 
-    def cut(self, one: str, other: str) -> None:
-        """Nothing passes any more."""
-        key = frozenset((one, other))
-        self._cuts[key] = self._cuts.get(key, 0) + 1
+    def is_cut(self, sender: str, receiver: str) -> bool:
+        """Whether nothing passes from one machine to another."""
+        return sender != receiver and bool(self._cuts.get((sender, receiver)))
 
-    def heal(self, one: str, other: str) -> None:
+    def cut(self, one: str, other: str, *, both: bool = True) -> None:
+        """Nothing passes any more; with ``both`` False only what ``one`` sends is lost."""
+        for key in self._ways(one, other, both):
+            self._cuts[key] = self._cuts.get(key, 0) + 1
+
+    def heal(self, one: str, other: str, *, both: bool = True) -> None:
         """One cut less."""
-        key = frozenset((one, other))
-        self._cuts[key] = max(0, self._cuts.get(key, 0) - 1)
+        for key in self._ways(one, other, both):
+            self._cuts[key] = max(0, self._cuts.get(key, 0) - 1)
         self._wake()
 
+    @staticmethod
+    def _ways(one: str, other: str, both: bool) -> list[tuple[str, str]]:
+        return [(one, other), (other, one)] if both else [(one, other)]
+
     def heal_all(self) -> None:
-        """Everything passes."""
+        """Everything passes, once."""
         self._cuts.clear()
+        self._old.clear()
+        self.duplicate = 0.0
         self._wake()
 
     def _wake(self) -> None:
@@ -268,7 +284,8 @@ class Network:
         if dialler.life != life or not dialler.alive:
             return
         listener = self.processes.get(name)
-        if listener is None or self.is_cut(dialler.name, name) or not listener.machine.powered:
+        silent = self.is_cut(dialler.name, name) or self.is_cut(name, dialler.name)
+        if listener is None or silent or not listener.machine.powered:
             self.world.after(DIAL_TIMEOUT_S, lambda: done(None), dialler)
         elif not listener.listening:
             self.world.after(0.001, lambda: done(None), dialler)
@@ -276,7 +293,8 @@ class Network:
             self.connections = [each for each in self.connections if not self._over(each)]
             connection = SimConnection(self, dialler, listener)
             self.connections.append(connection)
-            self.world.enter(listener, lambda: listener.take(SimSocket(connection, 1)))
+            wait_s = max(0.0, listener.paused_until_s - self.world.now_s)  # the kernel takes it in the meantime
+            self.world.after(wait_s, lambda: listener.take(SimSocket(connection, 1)), listener)
             self.world.after(0.001, lambda: done(SimSocket(connection, 0)), dialler)
 
     @staticmethod

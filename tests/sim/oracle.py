@@ -23,7 +23,6 @@ from blockrepl.storage.recovery import recover
 from blockrepl.storage.slots import Identity
 from tests.sim.disk import SimFile
 from tests.sim.process import (
-    GROUP,
     IntermediateProcess,
     Layout,
     PrimaryProcess,
@@ -31,7 +30,7 @@ from tests.sim.process import (
     SecondaryProcess,
     Watcher,
 )
-from tests.sim.world import Violation, World
+from tests.sim.world import GROUP, Violation, World
 
 SNAPSHOT_EVERY = 50
 

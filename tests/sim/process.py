@@ -37,9 +37,8 @@ from blockrepl.storage.recovery import recover
 from blockrepl.storage.slots import Identity, Slots
 from tests.sim.disk import SimDisk, SimFile, SimImage, SimJournalFile, SimSlotFile
 from tests.sim.network import Network, SimLinkTable, SimSocket
-from tests.sim.world import Killed, Machine, World
+from tests.sim.world import GROUP, Killed, Machine, World
 
-GROUP = bytes(range(16))
 BLOCK = 512
 TICK_S = 0.02
 HELLO_TIMEOUT_S = 1.0
@@ -131,6 +130,7 @@ class Process:
         self.alive = False
         self.listening = False
         self.kill_in = 0  # effects until it dies; 0 for never
+        self.paused_until_s = 0.0  # SIGSTOP: nothing happens in it until then
         self.links: SimLinkTable
         self.disk: SimDisk
         network.processes[name] = self
@@ -144,7 +144,7 @@ class Process:
             return
         self.life += 1
         self.alive = True
-        self.kill_in = 0
+        self.kill_in, self.paused_until_s = 0, 0.0
         self.world.say(self.name, "starts")
         self.links = SimLinkTable(self)
         self.links.router = self
@@ -559,7 +559,7 @@ class Opener:
         process.world.say(process.name, f"takeover begins, dry_run={dry_run}, force={force}")
         for node in self.role.peers:
             process.network.dial(process, layout.names[node], partial(self._dialled, node))
-        self._tick()
+        process.later(TICK_S, self._tick)
 
     def _dialled(self, node: int, sock: SimSocket | None) -> None:
         process = self._process

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 
 import pytest
 
+from tests.sim.campaign import campaign
+from tests.sim.case import Case, Failure
 from tests.sim.group import Group, Options
+from tests.sim.planted import by_name, options_for
+from tests.sim.shrink import Shrinker
 
-SEEDS = int(os.environ.get("BLOCKREPL_SIM_SEEDS", "80"))
-PART = 8
+SEEDS = int(os.environ.get("BLOCKREPL_SIM_SEEDS", "320"))
+PART = 40
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("first", range(0, SEEDS, PART))
 def test_no_seed_breaks_an_invariant(first: int) -> None:
-    for seed in range(first, min(first + PART, SEEDS)):
-        group = Group(seed)
-        try:
-            group.run()
-        except BaseException as error:
-            error.add_note(f"replay: scripts/simulate --seed {seed}")
-            for now_s, who, text in list(group.world.trace)[-30:]:
-                error.add_note(f"{now_s:9.4f} {who:4} {text}")
-            raise
+    tally = campaign(first, min(PART, SEEDS - first), Options(), keep_going=True)
+    if tally.failures:
+        case, failure = min(tally.failures, key=lambda each: each[1].at_s)
+        story = "\n".join(deque(case.story(), maxlen=60))
+        pytest.fail(f"{story}\n\n{failure.text}\n{failure.where}\nreplay: {case.command()} (--shrink makes it short)")
+    assert tally.runs == min(PART, SEEDS - first)
+    assert tally.counts["completions"] > 50 * tally.runs
 
 
 def test_a_run_is_the_same_every_time() -> None:
@@ -34,3 +38,35 @@ def test_a_run_is_the_same_every_time() -> None:
         return list(group.world.trace)
 
     assert [trace(seed) for seed in range(3)] == [trace(seed) for seed in range(3)]
+
+
+def test_a_fault_that_is_left_out_leaves_the_others_where_they_are() -> None:
+    """Else a failing run could not be made short."""
+
+    def faults(keep: frozenset[int] | None) -> list[tuple[float, str, str]]:
+        group = Group(5, Options(4.0, story="production", faults=("wall clock", "clock rate"), keep=keep))
+        group.run()
+        return [line for line in group.world.trace if not line[1] and "clock" in line[2]]
+
+    whole = faults(None)
+    assert len(whole) > 2
+    assert faults(frozenset(range(2, 50))) == whole[1:]
+
+
+def test_a_failing_run_is_made_short_and_its_command_line_replays_it() -> None:
+    name = "journal_without_sync"
+    within = by_name(name)
+    for seed in range(30):
+        case = Case(seed, options_for(name), name)
+        failure = case.run(within)
+        if isinstance(failure, Failure) and len(failure.performed) > 4:
+            break
+    assert isinstance(failure, Failure)
+    shorter, again = Shrinker(case, failure, within, tell=lambda _: None).shrink()
+    assert len(shorter.options.keep or ()) < len(failure.performed)
+    assert again.kind == failure.kind
+    assert shorter.run(within) == again
+    assert "--faults" in shorter.command()
+    assert "--planted journal_without_sync" in shorter.command()
+    story = list(shorter.story(within))
+    assert any("BATCH" in line for line in story)

@@ -13,6 +13,7 @@ from tests.sim.disk import SimFile
 if TYPE_CHECKING:
     from tests.sim.process import Process
 
+GROUP = bytes(range(16))
 TRACE_LINES = 4000
 
 
@@ -37,7 +38,7 @@ class World:
         self.now_s = 0.0
         self.steps = 0
         self.trace: deque[tuple[float, str, str]] = deque(maxlen=TRACE_LINES)
-        self.echo = False
+        self.on_say: Callable[[str, str], None] | None = None
         self.checks: list[Callable[[], None]] = []
         self.odd: dict[str, int] = {}  # links broken off by a ProtocolError, by its words
         self._heap: list[tuple[float, int, Callable[[], None], Process | None, int]] = []
@@ -46,8 +47,8 @@ class World:
     def say(self, who: str, text: str) -> None:
         """One line of the trace."""
         self.trace.append((self.now_s, who, text))
-        if self.echo:
-            print(f"{self.now_s:9.4f} {who:4} {text}")
+        if self.on_say is not None:
+            self.on_say(who, text)
 
     def after(self, delay_s: float, what: Callable[[], None], process: Process | None = None) -> None:
         """Call ``what`` later; never if ``process`` has died by then."""
@@ -60,9 +61,13 @@ class World:
         if not self._heap:
             return False
         self.now_s, _, what, process, life = heapq.heappop(self._heap)
-        if process is not None and process.life != life:
-            return True
-        self.enter(process, what)
+        if process is None:
+            self.enter(None, what)
+        elif process.life == life:
+            if process.paused_until_s > self.now_s:
+                self.after(process.paused_until_s - self.now_s, what, process)
+            else:
+                self.enter(process, what)
         return True
 
     def enter(self, process: Process | None, what: Callable[[], None]) -> None:
@@ -87,15 +92,25 @@ class World:
 
 
 class Clock:
-    """`ports.Clock` of one machine: starts anywhere."""
+    """`ports.Clock` of one machine: starts anywhere, runs at a rate of its own; its wall clock jumps.
+
+    Invariant: the rates of any two machines differ by less than 2 × (PROTOCOL, rule 16).
+    """
 
     def __init__(self, world: World) -> None:
         self._world = world
         self._offset_s = world.random.uniform(1, 1000)
+        self._since_s = world.now_s
+        self._rate = 1.0
+        self.wall_offset_s = 0.0
+
+    def drift(self, rate: float) -> None:
+        """From now on it runs at ``rate`` seconds per second."""
+        self._offset_s, self._since_s, self._rate = self.now_s(), self._world.now_s, rate
 
     def now_s(self) -> float:
         """Monotonic, seconds."""
-        return self._world.now_s + self._offset_s
+        return (self._world.now_s - self._since_s) * self._rate + self._offset_s
 
     def boot_ns(self) -> int:
         """Nanoseconds."""
@@ -103,7 +118,7 @@ class Clock:
 
     def wall_ns(self) -> int:
         """Nanoseconds."""
-        return int(self._world.now_s * 1e9) + (1 << 60)
+        return int((self._world.now_s + self.wall_offset_s) * 1e9) + (1 << 60)
 
 
 class Machine:

@@ -1,0 +1,48 @@
+"""When what goes wrong: drawn from the seed alone, so that a fault can be left out and the others stay as they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+KINDS = (
+    "kill", "kill in mid-step", "kill two", "pause", "power", "site", "cut", "cut one way", "isolate", "reset",
+    "disk error", "disk broken", "disk full", "flipped bits", "slow disk", "wall clock", "clock rate", "dry run",
+    "operator",
+)  # fmt: skip
+STORIES = ["production"] * 4 + ["attempts"] * 3 + ["disaster"] * 2 + ["planned"]
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One thing that goes wrong. ``number`` names it for as long as the seed is the same."""
+
+    number: int
+    at_s: float
+    kind: str
+    seed: str
+
+    def chance(self) -> Random:
+        """Where its particulars come from."""
+        return Random(f"{self.seed} fault {self.number}")
+
+
+def plan(seed: int, story: str, seconds: float, every_s: float | None, kinds: tuple[str, ...] | None) -> list[Planned]:
+    """What happens in ``seconds``, in order of time."""
+    random = Random(f"{seed} plan")
+    mean_s = random.choice([0.2, 0.6, 2.0])
+    some = random.sample(KINDS, random.randint(2, 7)) if random.random() < 0.5 else list(KINDS)
+    first_s, story_s = random.uniform(0.3, 1.0), random.uniform(0.1, 0.5) * seconds
+    kinds = kinds if kinds is not None else tuple(some)
+    found: list[tuple[float, str]] = []
+    at_s = first_s
+    while at_s < seconds and kinds:
+        found.append((at_s, random.choice(kinds)))
+        at_s += random.expovariate(1 / (every_s or mean_s))
+    if story == "attempts":
+        while story_s < seconds:
+            found.append((story_s, "attempt"))
+            story_s += random.expovariate(1 / 2.5)
+    elif story in ("disaster", "planned"):
+        found.append((story_s, "disaster" if story == "disaster" else "takeover"))
+    return [Planned(n, at_s, kind, str(seed)) for n, (at_s, kind) in enumerate(sorted(found), start=1)]
