@@ -110,7 +110,8 @@ class Task:
         self.expected_in_bytes = expected_in_bytes
         self.expected_out_bytes = expected_out_bytes
         self.done = done  # tasks of one session, one or many at a time
-        self.data_out: list[memoryview] = []  # in order; together at most expected_out_bytes
+        # In order; together at most expected_out_bytes, and more than the command needs if more was expected.
+        self.data_out: list[memoryview] = []
         self.chunks: list[Chunk] = []  # one use each, held for data_out; `release_out` gives them back
         self.needed_out_bytes = expected_out_bytes
         self.status = 0

@@ -1,0 +1,567 @@
+"""One session in its full feature phase: joins the cut PDUs, the device server and the stream.
+
+The hot path is per chunk of input: all its commands become tasks, one `execute`, and one gathered send of what
+completed at once. Sources: RFC 7143, 4.2.2 (CmdSN window), 4.2.5 (data), 11.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from blockrepl.block import Buffer
+from blockrepl.chunks import Chunk, ChunkPool
+from blockrepl.errors import ProtocolError
+from blockrepl.formats import iscsi
+from blockrepl.formats.iscsi import (
+    BHS_BYTES,
+    DATA_OUT,
+    FINAL,
+    IMMEDIATE,
+    LUNS,
+    NO_LUN,
+    NO_TAG,
+    OPCODE_MASK,
+    SCSI_COMMAND,
+    AsyncEvent,
+    CommandFlag,
+    Opcode,
+    RejectReason,
+)
+from blockrepl.frontends.iscsi.answers import MASK, Answers
+from blockrepl.frontends.iscsi.discovery import Portals, TextExchange
+from blockrepl.frontends.iscsi.login import Request
+from blockrepl.frontends.iscsi.management import Management
+from blockrepl.frontends.iscsi.pdu import Framing, FramingError, Pdu, extended
+from blockrepl.frontends.iscsi.task import DeviceServer, Event, EventKind, Nexus, Task
+from blockrepl.frontends.iscsi.transfers import CHECK_CONDITION, Transfers
+
+QUEUED_LIMIT_BYTES = 1 << 18  # bytes the initiator did not take yet: above, nothing is executed and nothing received
+HELPING_BYTES = 1 << 20  # of Data-In begun at once
+IN_FLIGHT_BYTES = 16 << 20  # of Data-In that tasks may be about to bring
+MAX_IMMEDIATE = 32  # immediate commands at a time
+SILENT_TICKS = 3  # without input, then we ask; as many again, then the connection is dead
+_COMMAND, _DATA_OUT = int(Opcode.SCSI_COMMAND), int(Opcode.DATA_OUT)
+_ATTRIBUTE = int(CommandFlag.ATTRIBUTE)
+_KIND = 0xFF & ~_ATTRIBUTE
+_PLAIN_READ, _PLAIN_WRITE, _PLAIN = FINAL | CommandFlag.READ, FINAL | CommandFlag.WRITE, FINAL
+
+logger = logging.getLogger(__name__)
+
+
+class Output(Protocol):
+    """What a session needs of `blockrepl.stream.Stream`."""
+
+    queued_bytes: int
+    closed: bool
+
+    def send(self, buffers: Sequence[Buffer], chunk: Chunk | None = None) -> None: ...
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+    def finish(self) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What the server gives each session. ``reset_all`` ends every session (target cold reset)."""
+
+    device: DeviceServer
+    pool: ChunkPool
+    portals: Portals
+    target_name: str
+    portal_group: int
+    reset_all: Callable[[], None]
+
+
+class Session:
+    """``ended`` is called once. ``nexus`` is None in a discovery session, which has no SCSI.
+
+    Invariants: ``_active`` has the tag of every task received and not answered; of these, a task is in exactly one
+    of the transfers, ``_ready``, the device server, or ``_completed``.
+    """
+
+    def __init__(
+        self, surroundings: Surroundings, request: Request, stream: Output, peer: str, ended: Callable[[Session], None]
+    ) -> None:
+        self.peer = peer
+        self.request = request
+        self.stream = stream
+        self.commands = 0
+        self.violation = ""
+        self.over = False
+        self.target_name = surroundings.target_name
+        parameters = request.parameters
+        self.nexus: Nexus | None = None
+        if not request.discovery:
+            self.nexus = Nexus(
+                request.initiator_name, request.isid, surroundings.target_name, surroundings.portal_group
+            )  # fmt: skip
+        self._device = surroundings.device
+        self._pool = surroundings.pool
+        self._ended = ended
+        self._framing = Framing()
+        self._framing.header_digest, self._framing.data_digest = parameters.header_digest, parameters.data_digest
+        self._framing.max_data_bytes = parameters.max_recv_bytes
+        self._parameters = parameters
+        self._answers = Answers(parameters, self._framing, request.cmd_sn, request.stat_sn)
+        self._transfers = Transfers(parameters, self._answers, self._got_all, self._refuse, self._queue)
+        text = TextExchange(
+            surroundings.target_name, surroundings.portals, parameters, discovery=request.discovery
+        )  # fmt: skip
+        self._management = Management(self, self._answers, text, surroundings.reset_all)
+        self._active: dict[int, Task] = {}
+        self._immediate: set[int] = set()  # tags of immediate commands among the active
+        self._ready: deque[Task] = deque()
+        self._ready_in_bytes = 0
+        self._executing_bytes = 0  # Data-In that tasks in the device server may bring
+        self._completed: list[Task] = []
+        self._inside = False  # completions are collected, whoever set it will answer them
+        self._early: dict[int, tuple[Chunk, Pdu] | None] = {}  # by CmdSN; None: considered received
+        self._out: list[Buffer] = []
+        self._paused = False
+        self._awaits_relief = False
+        self._heard = True
+        self._silent_ticks = 0
+        if self.nexus is not None:
+            self._device.nexus_begun(self.nexus)
+
+    @property
+    def in_flight(self) -> int:
+        """Commands received and not answered."""
+        return len(self._active)
+
+    # input
+
+    def received(self, chunk: Chunk, start: int, end: int) -> tuple[int, int]:
+        """See `blockrepl.stream.Consumer`."""
+        pdus: list[Pdu] = []
+        self._heard = True
+        try:
+            at = self._framing.cut(chunk, start, end, pdus)
+        except FramingError as error:
+            self.violate(str(error))
+            return end - start, 0
+        self._inside = True
+        self._take(chunk, pdus)
+        self._inside = False
+        self._settle()
+        return at - start, self._framing.need
+
+    def _take(self, chunk: Chunk, pdus: Sequence[Pdu]) -> None:
+        """The hot loop: long on purpose. Commands that came in order, alone or with all their data, are tasks at
+        once; whatever is unusual has a method."""
+        buffer, view = chunk.buffer, chunk.view
+        unpack, answers, active, ready = SCSI_COMMAND.unpack_from, self._answers, self._active, self._ready
+        begins, nexus, done, luns = self._transfers.begins, self.nexus, self._done, LUNS
+        for pdu in pdus:
+            at, data_at, data_end, intact = pdu
+            if buffer[at] == _COMMAND and intact and nexus is not None:
+                _, flags, _, lengths, lun, tag, expected, cmd_sn, _, cdb = unpack(buffer, at)
+                kind = flags & _KIND
+                if cmd_sn == answers.exp_cmd_sn and tag not in active and tag != NO_TAG and lengths < 1 << 24:
+                    task = None
+                    if kind == _PLAIN_READ:
+                        if not lengths:
+                            task = Task(nexus, luns.get(lun, NO_LUN), cdb, flags & _ATTRIBUTE, tag, expected, 0, done)
+                            self._ready_in_bytes += expected
+                    elif kind == _PLAIN_WRITE:
+                        if lengths == expected <= self._immediate_limit:
+                            task = Task(nexus, luns.get(lun, NO_LUN), cdb, flags & _ATTRIBUTE, tag, 0, expected, done)
+                            if expected:
+                                task.data_out.append(view[data_at:data_end])
+                                task.chunks.append(chunk)
+                                chunk.users += 1
+                    elif kind == _PLAIN and not lengths and not expected:
+                        task = Task(nexus, luns.get(lun, NO_LUN), cdb, flags & _ATTRIBUTE, tag, 0, 0, done)
+                    if task is not None:
+                        begins(tag)
+                        answers.exp_cmd_sn = cmd_sn + 1 & MASK
+                        active[tag] = task
+                        ready.append(task)
+                        continue
+            self._unusual(chunk, pdu)
+            if self.over:
+                return
+            if self._early:
+                self._take_early()
+        if self._early:
+            self._take_early()
+
+    @property
+    def _immediate_limit(self) -> int:
+        return self._parameters.first_burst_bytes if self._parameters.immediate_data else 0
+
+    def _take_early(self) -> None:
+        """Commands that came before their turn, now that it may have come."""
+        while not self.over and self._answers.exp_cmd_sn in self._early:
+            held = self._early.pop(self._answers.exp_cmd_sn)
+            if held is None:
+                self._answers.exp_cmd_sn = self._answers.exp_cmd_sn + 1 & MASK
+                self._answers.max_cmd_sn = self._answers.max_cmd_sn + 1 & MASK
+            else:
+                self._unusual(*held)
+
+    def _unusual(self, chunk: Chunk, pdu: Pdu) -> None:
+        """Any PDU but a plain command in its turn."""
+        opcode = chunk.buffer[pdu.at]
+        kind = opcode & OPCODE_MASK
+        header = bytes(chunk.view[pdu.at : pdu.at + BHS_BYTES])
+        if kind == _DATA_OUT and self.nexus is not None:
+            self._data_out(chunk, pdu, header)
+            return
+        if kind not in _REQUESTS or (self.nexus is None and kind in _NEEDS_NEXUS):
+            self.reject(RejectReason.NOT_SUPPORTED if kind not in _REQUESTS else RejectReason.PROTOCOL_ERROR, header)
+            return
+        if not pdu.intact:
+            self.reject(RejectReason.DATA_DIGEST, header)  # its turn stays: the initiator may send it again (7.8)
+            return
+        immediate = bool(opcode & IMMEDIATE)
+        if not immediate and not (kind == Opcode.NOP_OUT and header[16:20] == b"\xff\xff\xff\xff"):
+            cmd_sn = int.from_bytes(header[24:28], "big")
+            if cmd_sn != self._answers.exp_cmd_sn:
+                self._out_of_turn(cmd_sn, chunk, pdu)
+                return
+            self._answers.exp_cmd_sn = cmd_sn + 1 & MASK
+        if kind == _COMMAND:
+            self._command(chunk, pdu, header, immediate=immediate)
+        else:
+            if not immediate:
+                self._answers.max_cmd_sn = self._answers.max_cmd_sn + 1 & MASK  # answered at once
+            self._management.receive(kind, header, chunk.view[pdu.data_at : pdu.data_end])
+
+    def _out_of_turn(self, cmd_sn: int, chunk: Chunk, pdu: Pdu) -> None:
+        """Outside the window, or there already: ignored (4.2.2.1). Else it waits."""
+        answers = self._answers
+        if cmd_sn - answers.exp_cmd_sn & MASK > answers.max_cmd_sn - answers.exp_cmd_sn & MASK:
+            return
+        if answers.max_cmd_sn - answers.exp_cmd_sn & MASK == MASK or cmd_sn in self._early:  # a closed window
+            return
+        own = Chunk(pdu.data_end - pdu.at, None)
+        own.view[:] = chunk.view[pdu.at : pdu.data_end]
+        self._early[cmd_sn] = own, Pdu(0, pdu.data_at - pdu.at, pdu.data_end - pdu.at, True)
+
+    def skip(self, cmd_sn: int) -> bool:
+        """Consider a command that is on its way received (11.6.1); False when it cannot be."""
+        answers = self._answers
+        ahead = cmd_sn - answers.exp_cmd_sn & MASK
+        if ahead > answers.max_cmd_sn - answers.exp_cmd_sn & MASK or ahead > MASK >> 1:
+            return False
+        self._early[cmd_sn] = None
+        return True
+
+    # commands
+
+    def _command(self, chunk: Chunk, pdu: Pdu, header: bytes, *, immediate: bool) -> None:
+        assert self.nexus is not None
+        _, flags, _, lengths, lun, tag, expected, _, _, cdb = SCSI_COMMAND.unpack(header)
+        reason = self._command_fault(flags, tag, expected, pdu, immediate=immediate)
+        read_bytes = 0
+        if reason is None and lengths >> 24:
+            segments_at = pdu.at + BHS_BYTES
+            try:
+                segments = chunk.view[segments_at : segments_at + (lengths >> 24) * 4]
+                cdb, read_bytes = extended(cdb, segments)
+            except ProtocolError:
+                reason = RejectReason.INVALID_FIELD
+        if reason is not None:
+            if not immediate:
+                self._answers.max_cmd_sn = self._answers.max_cmd_sn + 1 & MASK
+            self.reject(reason, header)
+            return
+        writes, reads = bool(flags & CommandFlag.WRITE), bool(flags & CommandFlag.READ)
+        expected_in = (read_bytes if writes else expected) if reads else 0
+        expected_out = expected if writes else 0
+        task = Task(
+            self.nexus, LUNS.get(lun, NO_LUN), cdb, flags & _ATTRIBUTE, tag, expected_in, expected_out, self._done
+        )  # fmt: skip
+        self._active[tag] = task
+        if immediate:
+            self._immediate.add(tag)
+        self._transfers.begins(tag)
+        final = bool(flags & FINAL)
+        needed = min(expected_out, self._device.data_out_bytes(task.lun, cdb)) if writes else 0
+        if needed:
+            data = chunk.view[pdu.data_at : pdu.data_end]
+            self._transfers.begin(task, needed, chunk, data, final=final)
+        else:
+            if not final:
+                self._transfers.ignore(tag)
+            self._got_all(task)
+
+    def _command_fault(
+        self, flags: int, tag: int, expected: int, pdu: Pdu, *, immediate: bool
+    ) -> RejectReason | None:  # fmt: skip
+        data_bytes = pdu.data_end - pdu.data_at
+        writes = bool(flags & CommandFlag.WRITE)
+        if tag == NO_TAG:
+            return RejectReason.INVALID_FIELD
+        if tag in self._active:
+            return RejectReason.TASK_IN_PROGRESS
+        if immediate and len(self._immediate) >= MAX_IMMEDIATE:
+            return RejectReason.IMMEDIATE
+        if data_bytes and (not writes or not self._parameters.immediate_data or data_bytes > expected):
+            return RejectReason.PROTOCOL_ERROR
+        if not flags & FINAL and not writes:
+            return RejectReason.INVALID_FIELD
+        return None
+
+    def _data_out(self, chunk: Chunk, pdu: Pdu, header: bytes) -> None:
+        _, flags, _, _, _, tag, target_tag, _, _, _, data_sn, offset, _ = DATA_OUT.unpack(header)
+        if not pdu.intact:
+            self.reject(RejectReason.DATA_DIGEST, header)
+        view = chunk.view[pdu.data_at : pdu.data_end]
+        known = self._transfers.data(
+            tag, target_tag, data_sn, offset, bool(flags & FINAL), chunk, view, intact=pdu.intact
+        )
+        if not known:
+            self.reject(RejectReason.INVALID_FIELD, header)
+
+    def _got_all(self, task: Task) -> None:
+        self._ready.append(task)
+        self._ready_in_bytes += task.expected_in_bytes
+
+    def _refuse(self, task: Task, sense: bytes) -> None:
+        """Not for the device server: its data came wrong."""
+        task.release_out()
+        task.status = CHECK_CONDITION
+        task.sense = sense
+        self._executing_bytes += task.expected_in_bytes
+        self._done([task])
+
+    # execution
+
+    def _run(self) -> None:
+        """Hand tasks over, as long as the initiator takes what they bring."""
+        ready = self._ready
+        while ready and not self.over:
+            if self.stream.queued_bytes >= QUEUED_LIMIT_BYTES or self._executing_bytes >= IN_FLIGHT_BYTES:
+                return
+            if self._ready_in_bytes <= HELPING_BYTES:
+                helping: Sequence[Task] = list(ready)
+                ready.clear()
+                size, self._ready_in_bytes = self._ready_in_bytes, 0
+            else:
+                helping, size = self._helping()
+            self._executing_bytes += size
+            self.commands += len(helping)
+            inside, self._inside = self._inside, True
+            self._device.execute(helping)
+            self._inside = inside
+            self._answer()
+
+    def _helping(self) -> tuple[list[Task], int]:
+        """As many tasks as bring about `HELPING_BYTES`; one at least."""
+        helping: list[Task] = []
+        size = 0
+        while self._ready and size < HELPING_BYTES:
+            task = self._ready.popleft()
+            size += task.expected_in_bytes
+            helping.append(task)
+        self._ready_in_bytes -= size
+        return helping, size
+
+    def _done(self, tasks: Sequence[Task]) -> None:
+        """Of the device server: these are complete."""
+        self._completed += tasks
+        if not self._inside:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Execute what may be executed, answer what is complete, send what is queued, and see to the flow."""
+        self._run()
+        self._answer()
+        if self._paused or self.stream.queued_bytes >= QUEUED_LIMIT_BYTES or self._device.congested:
+            self._regulate()
+
+    def _answer(self) -> None:
+        """One gathered send for each buffer that holds Data-In; nearly always one for all."""
+        tasks, self._completed = self._completed, []
+        if not tasks:
+            if self._out:
+                self._flush([], None)
+            return
+        active, answers = self._active, self._answers
+        answers.max_cmd_sn = answers.max_cmd_sn + len(tasks) & MASK
+        if self._immediate:
+            self._settle_immediate(tasks)
+        held: Chunk | None = None
+        for task in tasks:
+            del active[task.tag]
+            self._executing_bytes -= task.expected_in_bytes
+            chunk = task.in_chunk
+            if task.aborted or self.over:
+                if chunk is not None:
+                    chunk.release()
+                continue
+            if chunk is not None and chunk is not held:
+                if held is not None:
+                    self._flush(answers.take(), held)
+                held = chunk
+            elif chunk is not None:
+                chunk.release()  # `held` has a use already
+            answers.task(task)
+        self._flush(answers.take(), held)
+
+    def _settle_immediate(self, tasks: Sequence[Task]) -> None:
+        """Immediate commands take no place in the window."""
+        for task in tasks:
+            if task.tag in self._immediate:
+                self._immediate.discard(task.tag)
+                self._answers.max_cmd_sn = self._answers.max_cmd_sn - 1 & MASK
+
+    # output
+
+    def _queue(self, buffers: list[Buffer]) -> None:
+        """Send with what else this chunk of input brings about, or now."""
+        self._out += buffers
+        if not self._inside:
+            self._flush([], None)
+
+    def _flush(self, buffers: list[Buffer], chunk: Chunk | None) -> None:
+        if self._out:
+            buffers = self._out + buffers
+            self._out = []
+        if buffers or chunk is not None:
+            self.stream.send(buffers, chunk)
+
+    def send(self, buffers: list[Buffer]) -> None:
+        """PDUs built just now."""
+        if not self.over:
+            self._queue(buffers)
+
+    def reject(self, reason: RejectReason, header: bytes) -> None:
+        """Say that a PDU was not taken (11.17)."""
+        logger.debug("iscsi %s: opcode %#x rejected: %s", self.peer, header[0], reason.name)
+        self.send(self._answers.numbered(iscsi.reject, header, reason=reason))
+
+    # flow
+
+    def drained(self) -> None:
+        """The stream has sent everything."""
+        self._settle()
+
+    def _regulate(self) -> None:
+        if self.over:
+            return
+        congested = self._device.congested
+        if congested and not self._awaits_relief:
+            self._awaits_relief = True
+            self._device.when_relieved(self._relieved)
+        full = congested or self.stream.queued_bytes >= QUEUED_LIMIT_BYTES
+        if full != self._paused:
+            self._paused = full
+            if full:
+                self.stream.pause()
+            else:
+                self.stream.resume()
+
+    def _relieved(self) -> None:
+        self._awaits_relief = False
+        if not self.over:
+            self._settle()
+
+    # task management
+
+    def execute_before(self) -> None:
+        """What came before a management function goes first."""
+        self._run()
+
+    def drop(self, wanted: Callable[[Task], bool]) -> int:
+        """Forget tasks that the device server does not know yet; their number."""
+        dropped = self._transfers.drop(wanted)
+        kept: deque[Task] = deque()
+        for task in self._ready:
+            if wanted(task):
+                task.release_out()
+                dropped.append(task)
+                self._ready_in_bytes -= task.expected_in_bytes
+            else:
+                kept.append(task)
+        if len(kept) < len(self._ready):
+            self._ready.clear()
+            self._ready.extend(kept)
+        for task in dropped:
+            task.aborted = True
+            self._executing_bytes += task.expected_in_bytes
+        if dropped:
+            self._done(dropped)
+        return len(dropped)
+
+    def is_active(self, tag: int) -> bool:
+        """A task with this tag is in the device server, or about to be."""
+        return tag in self._active
+
+    @property
+    def device(self) -> DeviceServer:
+        return self._device
+
+    def event(self, event: Event) -> None:
+        """Of the device server."""
+        if event.kind is EventKind.TASKS_CLEARED:
+            self.drop(lambda task: event.lun is None or task.lun == event.lun)
+        elif event.sense and event.lun is not None:
+            self._management.tell(AsyncEvent.SCSI, event.lun, event.sense)
+
+    # life
+
+    def tick(self) -> None:
+        """Time has passed: is the initiator still there?"""
+        if self.over:
+            return
+        if self._heard or self._paused:
+            self._heard = False
+            self._silent_ticks = 0
+            return
+        self._silent_ticks += 1
+        if self._silent_ticks == SILENT_TICKS:
+            self._management.ping()
+        elif self._silent_ticks >= 2 * SILENT_TICKS:
+            self.violate("silent for too long, and no answer to our ping")
+
+    def stop(self) -> None:
+        """The server is going to close: ask for a logout."""
+        if not self.over:
+            self._management.tell(AsyncEvent.LOGOUT_REQUESTED)
+
+    def violate(self, violation: str) -> None:
+        """End the connection at once."""
+        self.violation = violation
+        logger.info("iscsi %s: closed: %s", self.peer, violation)
+        self.stream.close()
+        self.end()
+
+    def leave(self) -> None:
+        """End the connection when what is queued has been sent."""
+        if self._out:
+            self._flush([], None)
+        self.stream.finish()
+        self.end()
+
+    def dropped(self, reason: str) -> None:
+        """The target ends this session: say so, then close."""
+        if not self.over:
+            logger.info("iscsi %s: session dropped: %s", self.peer, reason)
+            self._management.tell(AsyncEvent.SESSION_DROPPED)
+            self.leave()
+
+    def end(self) -> None:
+        """The connection is gone. What the device server still has comes back later, and is let go."""
+        if self.over:
+            return
+        self.over = True
+        self._early.clear()
+        self.drop(lambda task: True)
+        if self.nexus is not None:
+            self._device.nexus_lost(self.nexus)
+        self._ended(self)
+
+
+_NEEDS_NEXUS = frozenset({int(Opcode.SCSI_COMMAND), int(Opcode.TASK_REQUEST)})
+_REQUESTS = _NEEDS_NEXUS | {
+    int(Opcode.NOP_OUT), int(Opcode.TEXT_REQUEST), int(Opcode.LOGOUT_REQUEST), int(Opcode.LOGIN_REQUEST),
+    int(Opcode.SNACK_REQUEST),
+}  # fmt: skip
