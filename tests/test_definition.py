@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import uuid
 from pathlib import Path
@@ -126,7 +127,7 @@ WRONG = [
     ('name = "data"', 'name = "data"\nlun = true', "$.volume[0].lun", "must be an integer", ""),
     ('name = "data"', 'name = "data"\nfrontends = ["nbb"]', "$.volume[0].frontends[0]", "unknown value", "nbd, loop"),
     ('name = "data"', 'name = "data"\nfrontends = "nbd"', "$.volume[0].frontends", "must be a list", ""),
-    ('directory = "../images/demo/p1"', "directory = 3", "$.node[0].directory", "directory is a string", ""),
+    ('directory = "../images/demo/p1"', "directory = 3", "$.node[0].directory", "path is a string", ""),
     ('"127.0.0.1:7110"', "7110", "$.node[2].listen", "no address", ""),
     ('role = "primary"', 'role = "primry"', "$.node[0].role", "unknown value", "intermediate, secondary"),
     ("[[node]]", "[node]", ":", "no valid TOML", ""),
@@ -218,3 +219,60 @@ def test_unknown_names_asked_of_a_definition_are_answered_with_those_there_are()
     with pytest.raises(UsageError, match='no volume "dta"') as caught:
         demo.volume("dta")
     assert caught.value.hint == "did you mean data?"
+
+
+ISCSI = (
+    '\n[iscsi]\ninitiators = ["iqn.1993-08.org.debian:*"]\n[iscsi.chap]\nusers = [{name = "h", secret_file = "h.s"}]\n'
+)
+
+
+def test_a_group_has_one_iscsi_target_and_each_volume_a_lun_of_its_own(tmp_path: Path) -> None:
+    path = changed(
+        tmp_path,
+        ('nbd = "127.0.0.1:10810"', 'iscsi = "127.0.0.1:3260"'),
+        ('nbd = "127.0.0.1:10821"', 'iscsi = ["127.0.0.1:3261", "[::1]:3261"]'),
+        ('name = "log"', 'name = "log"\nlun = 7'),
+        ("[group]", ISCSI + "\n[group]"),
+    )
+    found = load(path)
+    assert found.target_name == "iqn.2026-11.org.blockrepl:demo"
+    assert [found.lun_of(volume) for volume in found.volumes] == [0, 7, 2]
+    assert found.node("p1").iscsi == ("127.0.0.1:3260",)
+    assert found.node("s1").iscsi == ("127.0.0.1:3261", "[::1]:3261")
+    assert found.iscsi.chap is not None
+    assert found.iscsi.chap.users[0].secret_file == tmp_path / "h.s"
+    assert not found.iscsi.chap.allow_md5
+    assert load(
+        changed(tmp_path, ("[group]", '[iscsi]\ntarget = "iqn.2001-04.com.example:x"\n[group]'))
+    ).target_name == ("iqn.2001-04.com.example:x")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("[group]", '[iscsi]\ntarget = "IQN.2001-04.com.example"\n[group]', r"\$.iscsi.target: .* is no iSCSI name"),
+        ("[group]", '[iscsi]\ninitiators = ["a b"]\n[group]', r"\$.iscsi.initiators\[0\]: is no name"),
+        ("[group]", "[iscsi.chap]\nusers = []\n[group]", r"\$.iscsi.chap.users: nobody could log in"),
+        ("[group]", "[iscsi]\nchap = {}\n[group]", "the key users is missing"),
+        (
+            "[group]",
+            '[iscsi]\nchap = {users = [{name = "a", secret_file = "s"}, {name = "a", secret_file = "s"}]}\n[group]',
+            r"users\[1\].name: a stands here twice",
+        ),
+        (
+            "[group]",
+            '[iscsi.chap]\nusers = [{name="a", secret_file = "s"}]\nmutual = {name = "b", secret_file = "s"}\n[group]',
+            r"mutual.secret_file: is another's secret too",
+        ),
+        ("[group]", '[iscsi]\nchap = {users = [], secret = "x"}\n[group]', r"\$.iscsi.chap.secret: unknown key"),
+        ('nbd = "127.0.0.1:10810"', "iscsi = []", r"\$.node\[0\].iscsi: a node has 1 to 16 portals"),
+        ('nbd = "127.0.0.1:10810"', 'iscsi = "3260"', r"\$.node\[0\].iscsi"),
+        ('nbd = "127.0.0.1:10810"', 'iscsi = "127.0.0.1:7110"', "port 7110 is already taken"),
+        ('listen = "127.0.0.1:7110"', 'listen = "127.0.0.1:7110"\niscsi = "127.0.0.1:3260"', "no volumes to publish"),
+        ('name = "log"', 'name = "log"\nlun = 2', r"\$.volume\[2\].lun: 2 is already taken"),
+    ],
+)
+def test_a_wrong_iscsi_key_is_named(tmp_path: Path, old: str, new: str, words: str) -> None:
+    problems = check(changed(tmp_path, (old, new)))
+    assert len(problems) >= 1
+    assert any(re.search(words, str(problem)) for problem in problems), problems

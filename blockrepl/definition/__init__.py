@@ -3,8 +3,9 @@
 The same file serves every node and every command. `load` gives a `Definition` in which everything has been checked
 once; behind it nobody checks again. `check` gives every problem of a file instead of the first.
 
-``model`` has the tables of a file and look-ups in them, ``values`` sizes and addresses, ``shape`` turns a wrong key or
-type into a message, ``checks`` finds what is wrong in a file of the right shape, ``reading`` joins them.
+``model`` has the tables of a file and look-ups in them, ``values`` sizes and addresses, ``iscsi`` what belongs to the
+iSCSI target, ``shape`` turns a wrong key or type into a message, ``checks`` finds what is wrong in a file of the right
+shape, ``reading`` joins them.
 """
 
 from blockrepl.definition.model import NO_SECONDARY, Definition, Group, Node, Policy, Role, Volume

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 
+from blockrepl.definition.iscsi import MAX_PORTALS, Problem, iscsi_problems
 from blockrepl.definition.model import NO_SECONDARY, Definition, Node, Role
 from blockrepl.definition.shape import EXAMPLES
 from blockrepl.definition.values import Address
@@ -21,12 +22,9 @@ MAX_ID = (1 << 16) - 1
 
 def problems(definition: Definition, path: str) -> Iterator[DefinitionError]:
     """Every problem of a definition that has the right shape, in file order of the tables."""
-    for checker in (_group_problems, _policy_problems, _node_problems, _volume_problems):
+    for checker in (_group_problems, _policy_problems, _iscsi_problems, _node_problems, _volume_problems):
         for at, message, hint in checker(definition):
             yield DefinitionError(f"{path}: $.{at}", message, hint=hint)
-
-
-Problem = tuple[str, str, str]  # where, message, hint
 
 
 def _group_problems(definition: Definition) -> Iterator[Problem]:
@@ -76,6 +74,10 @@ def _policy_problems(definition: Definition) -> Iterator[Problem]:
             yield f"policy.{key}", f"must be at least 4096 bytes, is {getattr(policy, key)}", f'write {key} = "8MiB"'
 
 
+def _iscsi_problems(definition: Definition) -> Iterator[Problem]:
+    return iscsi_problems(definition.iscsi)
+
+
 def _node_problems(definition: Definition) -> Iterator[Problem]:
     nodes = definition.nodes
     for place, node in enumerate(nodes):
@@ -89,6 +91,11 @@ def _node_problems(definition: Definition) -> Iterator[Problem]:
             yield at, f"the {node.role} {node.name} needs an address for its links", 'write listen = "127.0.0.1:7110"'
         if node.role == "intermediate" and node.nbd is not None:
             yield f"{at}.nbd", "an intermediate has no volumes to export", "leave the key nbd out"
+        if node.role == "intermediate" and node.iscsi is not None:
+            yield f"{at}.iscsi", "an intermediate has no volumes to publish", "leave the key iscsi out"
+        if node.iscsi is not None and not 0 < len(node.iscsi) <= MAX_PORTALS:
+            hint = 'write iscsi = "127.0.0.1:3260", or leave the key out'
+            yield f"{at}.iscsi", f"a node has 1 to {MAX_PORTALS} portals, not {len(node.iscsi)}", hint
     yield from _duplicates("node", "name", [node.name for node in nodes])
     yield from _id_problems("node", [node.id for node in nodes])
     yield from _duplicates("node", "directory", [(node.host, str(node.directory)) for node in nodes])
@@ -125,10 +132,7 @@ def _volume_problems(definition: Definition) -> Iterator[Problem]:
             yield f"{at}.lun", f"must be from 0 to 255, is {volume.lun}", ""
     yield from _duplicates("volume", "name", [volume.name for volume in volumes])
     yield from _id_problems("volume", [volume.id for volume in volumes])
-    luns = [
-        (volume.primary, volume.lun if volume.lun is not None else -1 - place) for place, volume in enumerate(volumes)
-    ]
-    yield from _duplicates("volume", "lun", luns)
+    yield from _duplicates("volume", "lun", [definition.lun_of(volume) for volume in volumes])
 
 
 def _name_problems(at: str, name: str) -> Iterator[Problem]:
@@ -172,7 +176,8 @@ def _address_problems(nodes: Sequence[Node]) -> Iterator[Problem]:
     """Two listeners on one machine need two ports, unless they bind different addresses of it."""
     taken: list[tuple[str, Address, str]] = []
     for place, node in enumerate(nodes):
-        for key, address in (("listen", node.listen), ("nbd", node.nbd)):
+        portals = [("iscsi", portal) for portal in node.iscsi or ()]
+        for key, address in (("listen", node.listen), ("nbd", node.nbd), *portals):
             if address is None:
                 continue
             at = f"node[{place}].{key}"

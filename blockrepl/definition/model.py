@@ -11,6 +11,7 @@ from typing import Literal, TypeVar
 
 import msgspec
 
+from blockrepl.definition.iscsi import NAME_PREFIX, Iscsi, Portals
 from blockrepl.definition.values import Address, Size
 from blockrepl.errors import DefinitionError, UsageError
 
@@ -20,7 +21,7 @@ GROUP_NAMESPACE = uuid.UUID(
 )  # a random one; changing it changes every derived id
 
 Role = Literal["primary", "intermediate", "secondary"]
-Frontend = Literal["nbd", "loop"]
+Frontend = Literal["nbd", "loop", "iscsi"]
 
 
 class Group(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -56,6 +57,7 @@ class Node(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     host: str = "local"
     listen: Address | None = None
     nbd: Address | None = None
+    iscsi: Portals | None = None
     id: int = 0
 
     @property
@@ -77,7 +79,7 @@ class Volume(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     size: Size
     primary: str
     secondary: str
-    frontends: tuple[Frontend, ...] = ("nbd", "loop")
+    frontends: tuple[Frontend, ...] = ("nbd", "loop", "iscsi")
     lun: int | None = None
     id: int = 0
 
@@ -99,6 +101,7 @@ class Definition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     nodes: tuple[Node, ...] = msgspec.field(name="node")
     volumes: tuple[Volume, ...] = msgspec.field(name="volume")
     policy: Policy = Policy()
+    iscsi: Iscsi = Iscsi()
     path: Path = msgspec.field(name="(path)", default=Path())
 
     @property
@@ -115,6 +118,11 @@ class Definition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def block_size_bytes(self) -> int:
         """512 or 4096."""
         return self.group.block_size
+
+    @property
+    def target_name(self) -> str:
+        """Of the iSCSI target."""
+        return self.iscsi.target or NAME_PREFIX + self.group.name
 
     @property
     def primaries(self) -> tuple[Node, ...]:
@@ -146,6 +154,10 @@ class Definition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def volume(self, name: str) -> Volume:
         """The volume called ``name``. Raises UsageError that names those there are."""
         return _lookup("volume", name, self.volumes, self.path)
+
+    def lun_of(self, volume: Volume) -> int:
+        """Its logical unit number: the same on every node; its place in the file, from 0, unless given."""
+        return volume.lun if volume.lun is not None else self.volumes.index(volume)
 
     def volumes_of_primary(self, node: str) -> tuple[Volume, ...]:
         """Those whose P-VOL is at ``node``."""

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from blockrepl.definition.checks import problems
+from blockrepl.definition.iscsi import Portals
 from blockrepl.definition.model import Definition, Node, Volume
 from blockrepl.definition.shape import shape_error
 from blockrepl.definition.values import Address, Size, parse_address, parse_size
@@ -48,9 +49,11 @@ def _read(path: Path) -> Definition:
             return parse_size(value)
         if kind is Address:
             return parse_address(value)
+        if kind is Portals:
+            return Portals(parse_address(each) for each in (value if isinstance(value, list) else [value]))
         if kind is Path:
             if not isinstance(value, str) or not value or "\0" in value:
-                raise ValueError('a directory is a string, such as "../images/demo/p1"')
+                raise ValueError('a path is a string, such as "../images/demo/p1"')
             return (base / value).resolve()
         raise NotImplementedError(kind)
 

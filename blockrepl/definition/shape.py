@@ -8,10 +8,13 @@ from pathlib import Path
 
 import msgspec
 
+from blockrepl.definition.iscsi import Chap, ChapUser, Iscsi
 from blockrepl.definition.model import Definition, Group, Node, Policy, Volume
 from blockrepl.errors import DefinitionError
 
-_TABLES: dict[str, type[msgspec.Struct]] = {"group": Group, "policy": Policy, "node": Node, "volume": Volume}
+_TABLES: dict[str, type[msgspec.Struct]] = {
+    "group": Group, "policy": Policy, "node": Node, "volume": Volume, "iscsi": Iscsi,
+}  # fmt: skip
 EXAMPLES = {
     "group": '[group] with name = "demo"',
     "node": '[[node]] with name = "p1", role = "primary", directory = "../images/demo/p1"',
@@ -22,6 +25,8 @@ EXAMPLES = {
     "role": 'role = "primary", "intermediate" or "secondary"',
     "directory": 'directory = "../images/demo/p1", relative to the definition file',
     "name": 'name = "demo"',
+    "users": 'users = [{name = "host1", secret_file = "host1.secret"}]',
+    "secret_file": 'secret_file = "host1.secret", relative to the definition file',
 }
 
 
@@ -55,6 +60,8 @@ def shape_error(path: Path, text: str) -> DefinitionError:
 
 
 def _table_of(at: str) -> type[msgspec.Struct]:
+    if at.startswith("$.iscsi.chap"):
+        return ChapUser if re.match(r"\$\.iscsi\.chap\.(users\[|mutual)", at) else Chap
     return _TABLES.get(re.sub(r"^\$\.?(\w*).*$", r"\1", at), Definition)
 
 
