@@ -134,6 +134,21 @@ class Definition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """In file order."""
         return tuple(node for node in self.nodes if node.role == "secondary")
 
+    def sources(self, direction: int) -> tuple[Node, ...]:
+        """The nodes whose volumes are copied from: the primaries, or the secondaries when the group is swapped (1)."""
+        return self.secondaries if direction else self.primaries
+
+    def targets(self, direction: int) -> tuple[Node, ...]:
+        """The nodes that are copied to."""
+        return self.primaries if direction else self.secondaries
+
+    def owners(self, direction: int) -> dict[int, int]:
+        """Replicated volume → the source that serves it, by ids."""
+        return {
+            volume.id: self.node(volume.secondary if direction else volume.primary).id
+            for volume in self.volumes if volume.replicated
+        }  # fmt: skip
+
     @property
     def replicated(self) -> bool:
         """True when at least one volume has a secondary; then there is an intermediate."""

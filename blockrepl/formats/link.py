@@ -89,6 +89,7 @@ class LinkRole(IntEnum):
     INTERMEDIATE = 2
     SECONDARY = 3
     OPENER = 4  # a secondary that runs a takeover, or asks what one would do
+    REFORMER = 5  # a source that forms the group anew: swap, replacement
 
 
 class Pair(IntEnum):

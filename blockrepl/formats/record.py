@@ -92,6 +92,7 @@ class RecordFlag(IntFlag):
 
     NONE = 0
     COPY = 1  # UPDATE: blocks copied by a resync, not written by a host (PROTOCOL, rule 19)
+    JUMP = 4  # START: what its stream has between the last record held and it is never sent, it is copied
     INITIAL = 2  # START: the secondaries are at no number before END: nothing is saved, nothing to go back to
 
 

@@ -11,12 +11,20 @@ from blockrepl.chunks import Chunk
 from blockrepl.errors import BlockreplError, StorageError
 from blockrepl.formats.journal import FrameKind, frame_bytes
 from blockrepl.formats.link import Message, bulk_header
-from blockrepl.formats.record import RecordHead, decode_batch
+from blockrepl.formats.record import (
+    ENTRY,
+    ENTRY_BYTES,
+    HEADER_BYTES,
+    RecordHead,
+    RecordKind,
+    decode_batch,
+    decode_head,
+)
 from blockrepl.formats.state import encode_intermediate
 from blockrepl.node.host import Host
 from blockrepl.node.ports import Clock, Links, Log, Workers
 from blockrepl.node.trimmer import Trimmer
-from blockrepl.replication.actions import Append, Replay, SaveState, Transmit
+from blockrepl.replication.actions import Append, Forget, MarkJournal, Reformed, Replay, SaveBits, SaveState, Transmit
 from blockrepl.replication.intermediate import Intermediate
 from blockrepl.replication.policy import TRANSMIT_BYTES
 from blockrepl.storage.frame_index import FrameRef
@@ -25,6 +33,8 @@ from blockrepl.storage.journal_file import JournalFile
 CACHE_BYTES = 48 << 20  # newest records kept in memory for the secondaries; older ones are read from the ring
 REPLAY_QUEUE_BYTES = 8 << 20  # a replay pauses while the primary has this much to read
 INFINITY = float("inf")
+SaveBitmaps = Callable[[Callable[[], None]], None]
+"""Make every bitmap of the node durable, then call back on the loop; raises StorageError."""
 
 
 @dataclass(slots=True)
@@ -53,16 +63,29 @@ class IntermediateHost(Host):
     """
 
     def __init__(
-        self, role: Intermediate, journal: JournalFile, links: Links, clock: Clock, workers: Workers, log: Log
+        self,
+        role: Intermediate,
+        journal: JournalFile,
+        save_bits: SaveBitmaps,
+        links: Links,
+        clock: Clock,
+        workers: Workers,
+        log: Log,
     ) -> None:
         super().__init__(links, clock, workers, log)
         self.role = role
         self.journal = journal
+        self.on_reformed: Callable[[], None] = lambda: None  # the owner builds role and host anew
+        self._save_bits = save_bits
         self._performers |= {
             Append: self._append,
             SaveState: self._save,
             Transmit: self._transmit,
             Replay: self._replay,
+            SaveBits: self._save_bitmaps,
+            MarkJournal: self._mark_journal,
+            Forget: self._forget,
+            Reformed: lambda _action: self.on_reformed(),
         }
         self._undurable: deque[Kept] = deque()
         self._unfit: deque[Append] = deque()  # appended when the ring has room again
@@ -83,7 +106,9 @@ class IntermediateHost(Host):
     def batch(self, link: int, chunk: Chunk, start: int, end: int) -> None:
         """A BATCH's record arrived. Raises ProtocolError."""
         head = decode_batch(chunk.view[start:end])
-        self.perform(self.role.batch(link, head, chunk, start, end, self.clock.now_s(), self.clock.wall_ns()))
+        clock = self.clock
+        boot_ns = clock.boot_ns() if self.role.policy.fence_never else 0
+        self.perform(self.role.batch(link, head, chunk, start, end, clock.now_s(), clock.wall_ns(), boot_ns))
 
     def tick(self) -> None:
         """Time passes."""
@@ -180,7 +205,11 @@ class IntermediateHost(Host):
         kept.chunk.release()
 
     def _failed(self, error: BlockreplError) -> None:
-        self.perform(self.role.fail(str(error)))
+        self.fail(str(error))
+
+    def fail(self, reason: str) -> None:
+        """A disk error: stop (rule 11)."""
+        self.perform(self.role.fail(reason))
         self.links.settle()
 
     def _state(self) -> bytes:
@@ -201,7 +230,53 @@ class IntermediateHost(Host):
     def _tell_room(self) -> None:
         waiting = sum(frame_bytes(action.head.size_bytes) for action in self._unfit)
         free = self.journal.journal.free_bytes - self._reserve_bytes - waiting
-        self.perform(self.role.ring(max(0, free)))
+        self.perform(self.role.ring(max(0, free), self.journal.journal.ring_bytes - self._reserve_bytes))
+
+    # bitmaps
+
+    def _save_bitmaps(self, action: SaveBits) -> None:
+        self._guarded(lambda: self._save_bits(lambda: self._saved(action.token)))
+
+    def _mark_journal(self, action: MarkJournal) -> None:
+        """Read the entries of the records asked for, by a worker; set their bits."""
+        never = INFINITY
+        frames = [
+            frame for frame in self.journal.journal.frames()
+            if frame.kind == FrameKind.RECORD and frame.last <= action.through
+            and (frame.last > action.after or frame.last > action.checkpoints.get(frame.sender, never))
+        ]  # fmt: skip
+
+        def read_done(ranges: Any, error: Exception | None) -> None:
+            if error is not None:
+                self.perform(self.role.fail(f"cannot read the journal: {error}"))
+                self.settle()
+                return
+            bitmaps = self.role.pairing.bitmaps
+            for volume, offset, length in ranges:
+                if volume in bitmaps:
+                    bitmaps[volume].mark(offset, length)
+            self._guarded(lambda: self._save_bits(lambda: self._saved(action.token)))
+
+        self.workers.run(lambda: self._read_ranges(frames), read_done)
+
+    def _read_ranges(self, frames: list[FrameRef]) -> set[tuple[int, int, int]]:
+        """What the records wrote, as (volume, offset, length), in blocks of the bitmaps' size."""
+        found: set[tuple[int, int, int]] = set()
+        for frame in frames:
+            head = decode_head(memoryview(self.journal.read(frame.body_offset, HEADER_BYTES)))
+            if head.kind == RecordKind.UPDATE:
+                table = self.journal.read(frame.body_offset + HEADER_BYTES, head.count * ENTRY_BYTES)
+                found.update((v, offset, length) for v, _, _, _, offset, length in ENTRY.iter_unpack(table))
+        return found
+
+    def _forget(self, action: Forget) -> None:
+        journal = self.journal.journal
+        for queue in self._cache.values():
+            while queue:
+                self._drop(queue)
+        self._guarded(
+            lambda: self.journal.save(self._state(), trim_to=journal.tail, done=lambda: self._saved(action.token))
+        )
 
     # hop 2
 

@@ -35,6 +35,7 @@ class JournalReading:
         """In the order of the journal. All of it is durable by now."""
         for head in self.heads:
             role.recovered(head)
+        role.start()
 
     def tell_secondary(self, role: Secondary, journal: Journal) -> list[tuple[RecordHead, int]]:
         """Notes first, then records; the records still to be applied, each with its place in the file."""

@@ -209,5 +209,6 @@ class Event:
 
 Action = (
     Send | Close | Append | AppendNote | SyncJournal | SaveState | Transmit | Replay | Trim | Truncate | Apply
-    | SaveBits | MarkJournal | Forget | Reformed | SyncVolumes | StoreBatch | StoreRecord | FailBatch | DigestBlocks | Digested | Event
+    | SaveBits | MarkJournal | Forget | Reformed
+    | SyncVolumes | StoreBatch | StoreRecord | FailBatch | DigestBlocks | Digested | Event
 )  # fmt: skip

@@ -31,24 +31,24 @@ class Introduction:
 
     def hello(
         self, peer: int, nonce: bytes, *, epoch: Epoch = NO_EPOCH, promised: Epoch = NO_EPOCH, incarnation: int = 0,
-        highest: int = 0, checkpoint: int = 0, fresh: bool = False,
+        highest: int = 0, checkpoint: int = 0, fresh: bool = False, **more: Any,
     ) -> bytes:  # fmt: skip
         """To the node that was dialled. ``nonce``: 16 random bytes, which its WELCOME echoes."""
         return encode(
             Message.HELLO, epoch.number, version_min=VERSION_MIN, version_max=VERSION_MAX, role=self.role,
             features=FEATURES, group=self.group, node=self.node, peer=peer, incarnation=incarnation, nonce=nonce,
-            epoch=epoch, promised=promised, highest=highest, checkpoint=checkpoint, fresh=fresh, name=self.name,
+            epoch=epoch, promised=promised, highest=highest, checkpoint=checkpoint, fresh=fresh, name=self.name, **more,
         )  # fmt: skip
 
     def welcome(
         self, hello: dict[str, Any], *, epoch: Epoch, promised: Epoch, through: int, batch: int = 0, credit: int = 0,
-        validated: int = 0, prepared: int = 0, applied: int = 0, active: bool = False,
+        validated: int = 0, prepared: int = 0, applied: int = 0, active: bool = False, **more: Any,
     ) -> bytes:  # fmt: skip
         """The answer to a HELLO that was found right."""
         return encode(
             Message.WELCOME, epoch.number, version=VERSION_MAX, role=self.role, features=FEATURES & hello["features"],
             node=self.node, nonce=hello["nonce"], epoch=epoch, promised=promised, through=through, batch=batch,
-            credit=credit, validated=validated, prepared=prepared, applied=applied, active=active,
+            credit=credit, validated=validated, prepared=prepared, applied=applied, active=active, **more,
         )  # fmt: skip
 
     def check(self, hello: dict[str, Any]) -> Problem | None:

@@ -34,6 +34,10 @@ class Sender:
     credit_used: int = 0
     heard_s: float = 0.0
     stamp_ns: int = 0
+    echo_ns: int = 0  # the newest of our stamps that it has echoed
+    suspended: bool = False  # it said so: its P-VOLs are ahead of the journal
+    trusted: bool = True
+    resync: int = 0
     hello: dict[str, Any] | None = field(default=None)  # greeted, not welcomed yet
 
     def row(self) -> PrimaryRow:
@@ -74,7 +78,8 @@ class Senders:
         """It greeted; the older link is closed already."""
         sender.link, sender.hello, sender.live, sender.heard_s = link, hello, False, now_s
         sender.credit = sender.credit_used = 0
-        sender.stamp_ns = 0
+        sender.stamp_ns = sender.echo_ns = 0
+        sender.suspended, sender.trusted = hello["suspended"], hello["trusted"]
         self.by_link[link] = sender
 
     def detach(self, link: int) -> None:

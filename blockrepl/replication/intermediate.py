@@ -8,11 +8,12 @@ production starts or goes on (`opening.py`); a takeover freezes it (PROTOCOL, ru
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from blockrepl.bitmap import Bitmap
 from blockrepl.chunks import Chunk
-from blockrepl.errors import ProtocolError, SequenceGapError
+from blockrepl.errors import ProtocolError, SequenceGapError, UsageError
 from blockrepl.formats.journal import frame_bytes
 from blockrepl.formats.link import (
     Epoch,
@@ -21,14 +22,15 @@ from blockrepl.formats.link import (
     Refusal,
     encode,
 )
-from blockrepl.formats.record import RecordHead, number_record
+from blockrepl.formats.record import RecordHead, RecordKind, control_record, decode_batch, number_record
 from blockrepl.formats.state import IntermediateState
 from blockrepl.replication.actions import Action, Append, Close, Event, Replay, SaveState, Send
 from blockrepl.replication.greeting import Introduction, Problem, refused
 from blockrepl.replication.hop1 import Sender, Senders
 from blockrepl.replication.opening import Opening, Phase
+from blockrepl.replication.pairing import Pairing
 from blockrepl.replication.policy import Policy
-from blockrepl.replication.streams import Streams
+from blockrepl.replication.streams import Stream, Streams
 
 
 class Intermediate:
@@ -49,8 +51,13 @@ class Intermediate:
         policy: Policy,
         new_id: Callable[[], bytes],
         alone: bool = False,
+        bitmaps: Mapping[int, Bitmap] | None = None,
+        owners: Mapping[int, int] | None = None,
     ) -> None:
-        """``state.incarnation`` was raised durably by this process. ``new_id`` gives 16 random bytes."""
+        """``state.incarnation`` was raised durably by this process. ``new_id`` gives 16 random bytes.
+
+        ``bitmaps``: volume → its hop-2 bitmap; ``owners``: volume → its primary.
+        """
         self.group = group
         self.node = node
         self.name = name
@@ -65,6 +72,11 @@ class Intermediate:
             stream = self.streams.by_node[stream_node]
             stream.last = stream.durable = last
         self.opening = Opening(self, new_id, alone=alone)
+        self.pairing = Pairing(self, bitmaps or {}, owners or {})
+        self._own = Sender(node)  # of the records that the intermediate makes itself
+        self._waiting: deque[tuple[int, RecordHead, Chunk, int, int, int]] = deque()  # batches not numbered yet
+        self._fresh_s: float | None = None  # when every primary's lease was last known to be fresh
+        self._boot_ns = 0
         self._appended: deque[tuple[int, Sender, int, int, int, int]] = deque()
         self._beat_s = 0.0
         self._token = 0
@@ -81,9 +93,16 @@ class Intermediate:
         if head.last <= self.numbered:
             return
         self.numbered = self.durable_number = head.last
-        self.senders.recovered(head.sender, head.incarnation, head.batch, head.last)
+        if head.sender == self.node:
+            self.pairing.recovered(head)
+        else:
+            self.senders.recovered(head.sender, head.incarnation, head.batch, head.last)
         stream = self.streams.by_node[head.stream]
         stream.last = stream.durable = head.last
+
+    def start(self) -> None:
+        """All records were told of."""
+        self.pairing.start()
 
     @property
     def phase(self) -> Phase:
@@ -97,17 +116,32 @@ class Intermediate:
         state.validated = self.streams.validated
         state.primaries = [sender.row() for sender in self.senders.by_node.values()]
         state.streams = [(stream.node, stream.durable) for stream in self.streams.by_node.values()]
+        state.starts = self.pairing.durable_starts()
         return state
+
+    def expect(self, then: Callable[[float], list[Action]]) -> int:
+        """A token for an action that is answered later; ``then`` runs at its `done`."""
+        self._token += 1
+        self._on_saved[self._token] = then
+        return self._token
 
     def save(self, then: Callable[[float], list[Action]]) -> SaveState:
         """Ask for the state to be stored; ``then`` runs when it is durable."""
-        self._token += 1
-        self._on_saved[self._token] = then
-        return SaveState(self._token)
+        return SaveState(self.expect(then))
 
     def saved(self, token: int, now_s: float) -> list[Action]:
-        """The state is durable."""
-        return self._on_saved.pop(token)(now_s)
+        """`SaveState`, `SaveBits`, `MarkJournal` or `Forget` with this token is done."""
+        then = self._on_saved.pop(token)
+        return [] if self.opening.phase is Phase.FAILED else then(now_s)
+
+    def begin_anew(self, number: int, members: list[int]) -> None:
+        """A reform: nobody's batches and records count any more; the next number is ``number`` + 1.
+
+        ``members``: the nodes that are targets from now on. The node then builds this role anew.
+        """
+        self.numbered = self.durable_number = self.streams.validated = number
+        self.senders.by_node = {}
+        self.streams.by_node = {node: Stream(node, last=number, durable=number) for node in members}
 
     # hop 1: links
 
@@ -116,7 +150,7 @@ class Intermediate:
         problem = self._check_hello(fields)
         if problem is not None:
             return [self._refuse(link, *problem)]
-        if fields["role"] == LinkRole.OPENER:
+        if fields["role"] in (LinkRole.OPENER, LinkRole.REFORMER):
             return self._greet_opener(link, fields)
         return self._greet_primary(link, fields, now_s)
 
@@ -127,7 +161,9 @@ class Intermediate:
         if fields["role"] == LinkRole.PRIMARY:
             if fields["node"] not in self.senders.by_node:
                 return Refusal.NODE, f"node {fields['node']} is no primary of this group"
-        elif fields["role"] != LinkRole.OPENER:
+            if fields["node"] in self.state.excluded:
+                return Refusal.STATE, f"node {fields['node']} is excluded: `blockrepl node include` lets it back in"
+        elif fields["role"] not in (LinkRole.OPENER, LinkRole.REFORMER):
             return Refusal.ROLE, "an intermediate takes links of primaries and of openers"
         return None
 
@@ -183,8 +219,10 @@ class Intermediate:
         message = self._me.welcome(
             hello, epoch=self.state.epoch, promised=self.state.promised, through=sender.durable_last,
             batch=sender.durable_batch, credit=sender.credit, validated=self.streams.validated,
+            direction=self.state.direction, pair=self.pairing.pair, numbering=self.state.numbering,
+            resync=self.pairing.resync_id, resynced=self.state.resynced,
         )  # fmt: skip
-        return [Send(sender.link, [message])]
+        return [Send(sender.link, [message]), *self.pairing.primary_greeted(sender)]
 
     def welcome_all(self) -> list[Action]:
         """Production goes on: answer every HELLO that waits."""
@@ -209,16 +247,27 @@ class Intermediate:
     # hop 1: batches
 
     def batch(
-        self, link: int, head: RecordHead, chunk: Chunk, start: int, end: int, now_s: float, time_ns: int
-    ) -> list[Action]:
+        self, link: int, head: RecordHead, chunk: Chunk, start: int, end: int, now_s: float, time_ns: int,
+        boot_ns: int = 0,
+    ) -> list[Action]:  # fmt: skip
         """Number the batch that lies in ``chunk.view[start:end]``, in place, and append it.
 
         Raises SequenceGapError or ProtocolError: the host closes the link. `Append` carries one use of the chunk.
+        ``boot_ns``: CLOCK_BOOTTIME, read after the batch arrived (rule 16); needed with fence level never only.
         """
         sender = self.senders.by_link.get(link)
         if sender is None or not sender.live:
             return []  # a link that was closed, or not welcomed: its writes are nobody's (rule 1)
         sender.heard_s = now_s
+        if self._waiting or self.pairing.holds or (self.policy.fence_never and not self._leases_fresh(boot_ns)):
+            chunk.hold()
+            self._waiting.append((link, head, chunk, start, end, time_ns))
+            return []
+        return self._number(sender, link, head, chunk, start, end, time_ns)
+
+    def _number(
+        self, sender: Sender, link: int, head: RecordHead, chunk: Chunk, start: int, end: int, time_ns: int
+    ) -> list[Action]:
         if head.sender != sender.node or head.group != self.group or head.incarnation != sender.incarnation:
             raise ProtocolError(f"batch of node {head.sender}, incarnation {head.incarnation}, on another's link")
         stream = self.streams.by_node.get(head.stream)
@@ -227,6 +276,8 @@ class Intermediate:
         if self.opening.phase is not Phase.SERVING:
             # It would never be sent again on this link. The next one is welcomed when production goes on.
             return [Close(link, f"nothing is numbered now: {self.opening.reason or self.opening.phase.value}")]
+        if not self.state.numbering:
+            return []  # hop 1 is suspended: after a resync its primary sends it again
         if head.batch <= sender.batch:
             return self._acknowledge(sender)  # from the durable watermark only
         if head.batch != sender.batch + 1:
@@ -248,6 +299,48 @@ class Intermediate:
         self._appended.append((self.numbered, sender, head.incarnation, head.batch, head.stream, size))
         chunk.hold()
         return [Append(head, chunk.view[start:end], chunk)]
+
+    def _leases_fresh(self, boot_ns: int) -> bool:
+        """Every primary has echoed a stamp younger than T: none can have gone on alone (rule 16)."""
+        oldest = boot_ns - int(self.policy.lease_s * 1e9)
+        excluded = self.state.excluded
+        return all(
+            sender.live and sender.echo_ns > max(0, oldest)
+            for sender in self.senders.by_node.values() if sender.node not in excluded
+        )  # fmt: skip
+
+    def _number_waiting(self, now_s: float) -> list[Action]:
+        """Batches that waited for leases, or for a resync to begin."""
+        actions: list[Action] = []
+        waiting = self._waiting
+        if self.policy.fence_never and not self._leases_fresh(self._boot_ns):
+            return actions
+        while waiting and not self.pairing.holds:
+            link, head, chunk, start, end, time_ns = waiting.popleft()
+            sender = self.senders.by_link.get(link)
+            if sender is not None and sender.live:
+                try:
+                    actions += self._number(sender, link, head, chunk, start, end, time_ns)
+                except ProtocolError as error:
+                    actions.append(Close(link, str(error)))
+            chunk.release()
+        return actions
+
+    def control(self, kind: RecordKind, stream: Stream, number: int, flags: int) -> Append:
+        """A record of the intermediate's own: START or END of one stream, numbered."""
+        record = control_record(
+            kind, self.group, self.node, stream.node, self.state.incarnation & 0xFFFFFFFF, number, flags
+        )  # fmt: skip
+        chunk = Chunk(len(record), None)
+        chunk.view[: len(record)] = record
+        view = chunk.view[: len(record)]
+        head = decode_batch(view)
+        head.epoch, head.first, head.previous = self.state.epoch.number, self.numbered + 1, stream.last
+        head.header_crc = number_record(view, 0, head.epoch, head.first, head.previous, 0)
+        self.numbered += 1
+        stream.last = self.numbered
+        self._appended.append((self.numbered, self._own, head.incarnation, 0, stream.node, len(record)))
+        return Append(head, view, chunk)
 
     def durable(self, number: int, now_s: float) -> list[Action]:
         """The journal is synced up to ``number``: acknowledge, and send on."""
@@ -272,7 +365,9 @@ class Intermediate:
         for stream_node in fed:
             actions += streams.feed(stream_node)
         actions += self._rounds(now_s)
-        return actions + self.opening.drained(now_s) if self.opening.opener_waits else actions
+        if self.opening.waits:
+            actions += self.opening.drained(now_s)
+        return actions
 
     def _acknowledge(self, sender: Sender) -> list[Action]:
         if not sender.live or not sender.durable_batch:
@@ -285,9 +380,10 @@ class Intermediate:
         )  # fmt: skip
         return [Send(sender.link, [message])]
 
-    def ring(self, free_bytes: int) -> list[Action]:
+    def ring(self, free_bytes: int, ring_bytes: int = 0) -> list[Action]:
         """The ring's free bytes, less the reserve, have changed: primaries that wait for credit get it."""
         self.senders.free_bytes = free_bytes
+        self.pairing.room(free_bytes, ring_bytes)
         actions: list[Action] = []
         for sender in self.senders.by_link.values():
             if sender.live and self.senders.grant(sender):
@@ -298,7 +394,9 @@ class Intermediate:
     def releasable(self) -> int:
         """Every record up to it may leave the journal (rule 12)."""
         number = self.senders.releasable
-        validated = min(self.streams.validated, self.streams.valid_counter)
+        validated = self.pairing.releasable
+        if validated is None:
+            validated = min(self.streams.validated, self.streams.valid_counter)
         return validated if number is None else min(number, validated)
 
     # hop 2
@@ -327,6 +425,8 @@ class Intermediate:
         if link == self.opener_link:
             if kind == Message.PROMISE:
                 return self.opening.asked_to_promise(link, fields, now_s)
+            if kind == Message.STORE:
+                return self.opening.asked_to_store(link, fields, now_s)
             if kind == Message.HEARTBEAT:
                 return []
             raise ProtocolError(f"{Message(kind).name} does not belong on an opener's link")
@@ -336,6 +436,7 @@ class Intermediate:
         sender.heard_s = now_s
         if kind == Message.HEARTBEAT:
             sender.stamp_ns = fields["stamp_ns"]
+            sender.echo_ns = max(sender.echo_ns, fields["echo_ns"])
             return []
         if not sender.live:
             raise ProtocolError(f"{Message(kind).name} before WELCOME")
@@ -344,6 +445,8 @@ class Intermediate:
                 raise ProtocolError(f"checkpoint {fields['number']} is beyond {sender.durable_last}")
             sender.checkpoint = max(sender.checkpoint, fields["number"])
             return []
+        if kind == Message.COPIED:
+            return self.pairing.copied(sender, fields["id"])
         if kind == Message.REPLAY:
             end = encode(Message.REPLAYED, self.state.epoch.number, through=sender.durable_last)
             return [Replay(link, sender.node, fields["after"], sender.durable_last, end)]
@@ -367,9 +470,13 @@ class Intermediate:
             actions = self.streams.prepared(
                 link, fields["number"], fields["applied"], fields["credit"], self.durable_number
             )
-            return actions + self._rounds(now_s) + self.opening.drained(now_s)
+            return actions + self._rounds(now_s) + self.opening.drained(now_s) + self.pairing.progressed(now_s)
         if kind in (Message.PROMISED, Message.STORED):
             return self.opening.answered(node, link, kind, fields, now_s)
+        if kind == Message.BITMAP:
+            return self.pairing.bits(fields)
+        if kind == Message.REJOINED:
+            return self.pairing.rejoined(node, now_s)
         if kind == Message.DIGESTED:
             sender = self.senders.by_node.get(fields["sender"])
             if sender is None or not sender.live:
@@ -394,7 +501,8 @@ class Intermediate:
     # openers
 
     def _greet_opener(self, link: int, fields: dict[str, Any]) -> list[Action]:
-        if self.opening.phase in (Phase.FENCED, Phase.FAILED):
+        phase = self.opening.phase
+        if phase is Phase.FAILED or (phase is Phase.FENCED and fields["role"] == LinkRole.OPENER):
             return [self._refuse(link, Refusal.STATE, self.opening.reason)]
         actions: list[Action] = []
         if self.opener_link:
@@ -414,6 +522,10 @@ class Intermediate:
         self.streams.detach(link)
         self._heard_s.pop(link, None)
         self._nonces.pop(link, None)
+        for item in self._waiting:
+            if item[0] == link:
+                item[2].release()
+        self._waiting = deque(item for item in self._waiting if item[0] != link)
         node = self._hello_links.pop(link, None)
         if link == self.opener_link:
             self.opener_link = 0
@@ -439,7 +551,12 @@ class Intermediate:
 
     def tick(self, now_s: float, boot_ns: int) -> list[Action]:
         """Called at least every few tens of milliseconds, and at `due_s`."""
-        actions = self._rounds(now_s) + self.opening.tick(now_s)
+        self._boot_ns = boot_ns
+        actions = self._rounds(now_s) + self.opening.tick(now_s) + self.pairing.tick(now_s)
+        if self._waiting:
+            actions += self._number_waiting(now_s)
+        if self.policy.fence_never:
+            actions += self._watch_leases(now_s, boot_ns)
         silent = now_s - self.policy.link_timeout_s
         for link, heard_s in self._heard_s.items():
             if heard_s < silent:
@@ -447,10 +564,42 @@ class Intermediate:
         for sender in self.senders.by_node.values():
             if sender.link and sender.heard_s < silent:
                 actions.append(Close(sender.link, f"nothing heard for {self.policy.link_timeout_s} s"))
-        if now_s - self._beat_s >= self.policy.heartbeat_s:
+        every_s = self.policy.heartbeat_s
+        if self.policy.fence_never:
+            every_s = min(every_s, self.policy.lease_s / 6)
+        if now_s - self._beat_s >= every_s:
             self._beat_s = now_s
             actions += self._beats(boot_ns)
         return actions
+
+    def _watch_leases(self, now_s: float, boot_ns: int) -> list[Action]:
+        """A primary that is silent for too long may have gone on alone: suspend the group, at one number (rule 16)."""
+        if self.opening.phase is not Phase.SERVING or not self.state.numbering:
+            self._fresh_s = None
+        elif self._leases_fresh(boot_ns):
+            self._fresh_s = now_s
+        elif self._fresh_s is not None and now_s - self._fresh_s > self.policy.link_timeout_s:
+            self._fresh_s = None
+            return self.pairing.stop_numbering("a primary is silent, and may have gone on alone")
+        return []
+
+    def exclude(self, node: int) -> list[Action]:
+        """`node exclude`: a primary is known to be dead; the others go on without it. Raises UsageError."""
+        sender = self.senders.by_node.get(node)
+        if sender is None:
+            raise UsageError(f"node {node} is no primary of this group now", hint="see: blockrepl status")
+        if sender.link:
+            raise UsageError(f"node {node} is connected: it is not dead", hint="stop it first: blockrepl down --node")
+        if node not in self.state.excluded:
+            self.state.excluded.append(node)
+        return [self.save(lambda _: [Event(f"node {node} is excluded")])]
+
+    def include(self, node: int) -> list[Action]:
+        """`node include`. Raises UsageError."""
+        if node not in self.state.excluded:
+            raise UsageError(f"node {node} is not excluded", hint="see: blockrepl status")
+        self.state.excluded.remove(node)
+        return [self.save(lambda _: [Event(f"node {node} is included")])]
 
     def _beats(self, boot_ns: int) -> list[Action]:
         actions: list[Action] = []
@@ -467,5 +616,5 @@ class Intermediate:
     def _beat(self, boot_ns: int, echo_ns: int, credit: int) -> bytes:
         return encode(
             Message.HEARTBEAT, self.state.epoch.number, stamp_ns=boot_ns, echo_ns=echo_ns, numbered=self.numbered,
-            validated=self.streams.validated, applied=0, credit=credit,
+            validated=self.streams.validated, applied=0, credit=credit, pair=self.pairing.pair,
         )  # fmt: skip

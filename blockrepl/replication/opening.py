@@ -11,12 +11,16 @@ from collections.abc import Callable
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from blockrepl.formats.link import NO_EPOCH, Epoch, Message, Refusal, encode
-from blockrepl.replication.actions import Action, Close, Event, Send
+from blockrepl.errors import ProtocolError
+from blockrepl.formats.link import NO_EPOCH, Epoch, Message, Pair, Refusal, encode
+from blockrepl.replication.actions import Action, Close, Event, Forget, MarkJournal, Reformed, Send
 from blockrepl.replication.machine import Machine
 
 if TYPE_CHECKING:
     from blockrepl.replication.intermediate import Intermediate
+
+
+REFORM_PATIENCE_S = 10.0  # beside the back-off, before a reform that led nowhere is superseded
 
 
 class Phase(Enum):
@@ -27,6 +31,7 @@ class Phase(Enum):
     STORING = "opening an epoch: storing"
     SERVING = "serving"
     FROZEN = "frozen for a takeover"
+    REFORMING = "being formed anew"
     FENCED = "fenced"
     FAILED = "failed"
 
@@ -44,6 +49,9 @@ TABLE: dict[tuple[Phase, str], Phase] = {
     (Phase.SERVING, "freeze"): Phase.FROZEN,
     (Phase.FROZEN, "freeze"): Phase.FROZEN,
     (Phase.FROZEN, "start over"): Phase.STARTING,
+    (Phase.FENCED, "freeze"): Phase.FROZEN,  # the group is formed anew, on an operator's word
+    (Phase.FROZEN, "reform"): Phase.REFORMING,
+    (Phase.REFORMING, "freeze"): Phase.FROZEN,  # by a later opener: the earlier one may have died
     **{(phase, "fence"): Phase.FENCED for phase in Phase if phase is not Phase.FAILED},
     **{(phase, "fail"): Phase.FAILED for phase in Phase},
 }
@@ -69,6 +77,12 @@ class Opening:
         self._open_at_s = 0.0
         self.opener_waits = 0  # the opener's link, while it waits for the drain
         self._asked: Epoch = NO_EPOCH
+        self._store: tuple[int, dict[str, Any]] | None = None  # STORE(reform) that waits: link, fields
+
+    @property
+    def waits(self) -> bool:
+        """Somebody waits for the journal or the secondaries."""
+        return bool(self.opener_waits) or self._store is not None
 
     def _go(self, event: str) -> None:
         self.phase = self.machine.go(event)
@@ -120,6 +134,8 @@ class Opening:
         if stored.number == ours.number and stored.id != ours.id and stored.number:
             return owner.fail(f"split brain: epoch {ours} here, {stored} at a secondary")
         self.higher = max(self.higher, stored, promised)
+        if active and stored.number < ours.number:
+            return [Event(f"a node still works in epoch {stored}, this side in {ours}: run the swap again")]
         if active:
             return self._fence(stored)
         if self.higher.number > max(ours.number, owner.state.promised.number) and self.phase is Phase.SERVING:
@@ -158,7 +174,8 @@ class Opening:
             return [Event(f"secondary {node} is in epoch {epoch}, not in ours: it gets nothing")]
         streams, report = self._owner.streams, self._reports[node]
         streams.attach(node, report["link"], report["credit"], report["through"], report["prepared"])
-        return streams.resume(streams.by_node[node])
+        actions = streams.resume(streams.by_node[node])
+        return actions + self._owner.pairing.secondary_joined(streams.by_node[node])
 
     def _consider(self, now_s: float) -> list[Action]:
         """In STARTING: serve when all agree, open an epoch when they do not."""
@@ -257,8 +274,12 @@ class Opening:
         owner = self._owner
         epoch: Epoch = fields["epoch"]
         known = max(owner.state.epoch.number, owner.state.promised.number, self.higher.number)
-        if fields["dry_run"] or self.phase in (Phase.FENCED, Phase.FAILED) or epoch.number <= known:
+        reform = fields["reform"] and self.phase is not Phase.FAILED
+        closed = self.phase in (Phase.FENCED, Phase.FAILED, Phase.REFORMING) and not reform
+        if fields["dry_run"] or closed or epoch.number <= known:
             return [Send(link, [self._promised(max(owner.state.promised, owner.state.epoch, self.higher))])]
+        if reform:
+            return self._promise_reform(link, epoch, now_s)
         starting = self.phase is Phase.STARTING
         owner.state.promised = self.higher = epoch
         actions = self._freeze(now_s, f"a takeover opens epoch {epoch}")
@@ -266,6 +287,73 @@ class Opening:
             for node in self._reports:
                 actions += self._join(node)
         return [*actions, owner.save(lambda now_s: self._promise_is_durable(link, epoch, now_s))]
+
+    def _promise_reform(self, link: int, epoch: Epoch, now_s: float) -> list[Action]:
+        """For a swap or a replacement: nothing is drained, a resync follows anyway."""
+        owner = self._owner
+        owner.state.promised = self.higher = epoch
+        actions = self._freeze(now_s, f"the group is formed anew in epoch {epoch}")
+        self._open_at_s += REFORM_PATIENCE_S
+        actions += owner.dismiss_primaries(Refusal.EPOCH, self.reason)
+
+        def promised(now_s: float) -> list[Action]:
+            return [Send(link, [self._promised(epoch)])] if owner.state.promised == epoch else []
+
+        return [*actions, owner.save(promised)]
+
+    def asked_to_store(self, link: int, fields: dict[str, Any], now_s: float) -> list[Action]:
+        """STORE(reform): turn what the journal knows into bits, forget it, begin anew above the number (rule 25)."""
+        owner = self._owner
+        if not fields["reform"]:
+            raise ProtocolError("STORE without reform does not belong on an intermediate's link")
+        if fields["epoch"] == owner.state.epoch:
+            return [Send(link, [self._stored()])]
+        if fields["promise"] != owner.state.promised or self.phase is not Phase.FROZEN:
+            return [Send(link, [self._stored(max(owner.state.promised, owner.state.epoch))])]
+        if fields["number"] < owner.numbered:
+            raise ProtocolError(f"STORE at {fields['number']}, but {owner.numbered} was given here")
+        self._store = link, fields
+        return self._reform()
+
+    def _reform(self) -> list[Action]:
+        """Once the journal is durable: bits, then the new state, then the answer."""
+        owner = self._owner
+        if self._store is None or owner.durable_number < owner.numbered:
+            return []
+        (link, fields), self._store = self._store, None
+        self._go("reform")
+        pairing, state = owner.pairing, owner.state
+        for volume in fields["full"]:
+            if volume in pairing.bitmaps:
+                pairing.bitmaps[volume].fill()
+
+        def forgotten(now_s: float) -> list[Action]:
+            return [Event(f"formed anew in epoch {state.epoch}"), Send(link, [self._stored()]), Reformed()]
+
+        def marked(now_s: float) -> list[Action]:
+            if state.promised != fields["promise"] or self.phase is not Phase.REFORMING:
+                return []
+            if state.epoch.number:
+                state.history.append((state.epoch, owner.numbered))
+            state.epoch, state.direction = fields["epoch"], fields["direction"]
+            state.pair, state.numbering, state.limited, state.auto = int(Pair.PSUE), False, False, True
+            state.at = state.validated = fields["number"]
+            state.start, state.end, state.resynced = 0, 0, 0
+            state.verify, state.initial = fields["verify"], fields["initial"]
+            state.excluded = []
+            owner.begin_anew(fields["number"], fields["members"])
+            return [Forget(owner.expect(forgotten))]
+
+        after = min(pairing.marked, owner.streams.validated) if state.limited else owner.streams.validated
+        checkpoints = {sender.node: sender.checkpoint for sender in owner.senders.by_node.values()}
+        return [MarkJournal(after, owner.numbered, checkpoints, owner.expect(marked))]
+
+    def _stored(self, epoch: Epoch | None = None) -> bytes:
+        owner = self._owner
+        return encode(
+            Message.STORED, owner.state.epoch.number, epoch=epoch or owner.state.epoch, applied=0,
+            discarded_writes=0, discarded_bytes=0,
+        )  # fmt: skip
 
     def _freeze(self, now_s: float, why: str) -> list[Action]:
         self._go("freeze")
@@ -281,9 +369,12 @@ class Opening:
     def drained(self, now_s: float) -> list[Action]:
         """Answer the opener once everything numbered is durable and validated at all secondaries."""
         owner = self._owner
+        if self._store is not None:
+            return self._reform()
         if not self.opener_waits or self.phase is not Phase.FROZEN or owner.durable_number < owner.numbered:
             return []
-        if not owner.streams.drained(owner.numbered):
+        # Suspended, or between START and END, there is nothing to drain to: the secondaries stay where they are.
+        if not owner.pairing.undrainable and not owner.streams.drained(owner.numbered):
             return []
         link, self.opener_waits = self.opener_waits, 0
         self._open_at_s = now_s + owner.policy.open_backoff_s
@@ -294,7 +385,8 @@ class Opening:
         return encode(
             Message.PROMISED, owner.state.epoch.number, epoch=epoch, stored=owner.state.epoch, held=owner.numbered,
             validated=owner.streams.validated, applied=0, active=False, number=0, members=[],
-            numbered=owner.numbered,
+            numbered=owner.numbered, direction=owner.state.direction, pair=owner.pairing.pair,
+            dirty_bytes=owner.pairing.out_of_sync_bytes(),
         )  # fmt: skip
 
     def tick(self, now_s: float) -> list[Action]:

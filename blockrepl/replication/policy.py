@@ -18,6 +18,9 @@ class Policy:
     round_bytes: int = 8 << 20
     open_backoff_s: float = 5.0  # before the intermediate supersedes a promise that led nowhere
     window_bytes: int = 32 << 20  # credit that a sender may have unused, at most
+    lease_s: float = 3.0  # fence never: how old an echo may be for the intermediate to number (rule 16)
+    fence_never: bool = False
+    suspend_when_full: bool = True  # on_full: hop 2 falls back to bitmaps; else the hosts are held back
     pending_bytes: int = 64 << 20  # writes that a primary holds before its front ends stop reading
 
 

@@ -69,6 +69,8 @@ class Streams:
         self._last_round_s = float("-inf")
         self._bytes_since_round = 0
         self.rounds_number = 0  # the number of the newest round
+        self.limit: Round | None = None  # hop 2 is suspended, or about to be: nothing above it is sent or prepared
+        self.skips: dict[int, int] = {}  # secondary → the number before its START: what lies below is never sent
 
     @property
     def valid_counter(self) -> int:
@@ -80,6 +82,11 @@ class Streams:
         """The highest number sent to any secondary."""
         return max((stream.sent for stream in self.by_node.values()), default=0)
 
+    @property
+    def all_ready(self) -> bool:
+        """Every secondary is here."""
+        return all(stream.ready for stream in self.by_node.values())
+
     # links
 
     def attach(self, node: int, link: int, credit: int, held: int, prepared: int) -> None:
@@ -90,7 +97,7 @@ class Streams:
             raise ProtocolError(f"secondary {node} has prepared {prepared} only, but had said {known}: it lost data")
         stream.link, stream.ready = link, True
         stream.credit, stream.credit_used = credit, 0
-        stream.sent, stream.prepared, stream.validated = held, prepared, 0
+        stream.sent, stream.prepared, stream.validated = max(held, self.skips.get(node, 0)), prepared, 0
         stream.busy = False
         stream.asked.clear()
         stream.asked_through = prepared
@@ -107,13 +114,18 @@ class Streams:
 
     def pump(self, stream: Stream) -> list[Action]:
         """Ask for the next helping of a stream, when it may be sent."""
-        if not stream.ready or stream.busy or stream.sent >= stream.durable:
+        through = stream.durable if self.limit is None else min(stream.durable, self.limit.lasts[stream.node])
+        if not stream.ready or stream.busy or stream.sent >= through:
             return []
         room = stream.credit - stream.credit_used
         if room <= 0:
             return []
         stream.busy = True
-        return [Transmit(stream.node, stream.link, stream.sent, stream.durable, room)]
+        return [Transmit(stream.node, stream.link, stream.sent, through, room)]
+
+    def pump_all(self) -> list[Action]:
+        """Ask for the next helping of every stream."""
+        return [action for stream in self.by_node.values() for action in self.pump(stream)]
 
     def transmitted(self, node: int, link: int, last: int, frame_bytes: int) -> list[Action]:
         """A helping was handed to the link: records up to ``last`` (unchanged when no record fits the credit)."""
@@ -149,6 +161,9 @@ class Streams:
 
     def tick(self, durable: int, now_s: float) -> list[Action]:
         """Open a round when it is due: at most one in ``round_s`` or ``round_bytes``."""
+        limit = self.limit
+        if limit is not None and durable >= limit.number:
+            durable = limit.number
         if durable <= self.rounds_number or len(self._rounds) >= MAX_OPEN_ROUNDS:
             return []
         if now_s - self._last_round_s < self._round_s and self._bytes_since_round < self._round_bytes:
@@ -156,7 +171,9 @@ class Streams:
         self._last_round_s = now_s
         self._bytes_since_round = 0
         self.rounds_number = durable
-        self._rounds.append(Round(durable, {node: stream.durable for node, stream in self.by_node.items()}))
+        at_limit = limit is not None and durable == limit.number
+        lasts = limit.lasts if limit is not None and at_limit else {n: s.durable for n, s in self.by_node.items()}
+        self._rounds.append(Round(durable, lasts))
         actions = self._tell_validated()
         for stream in self.by_node.values():
             actions += self.pump(stream) + self._ask(stream)
@@ -164,6 +181,8 @@ class Streams:
 
     def due_s(self, durable: int) -> float:
         """When the next round is due; infinity when nothing waits for one."""
+        if self.limit is not None:
+            durable = min(durable, self.limit.number)
         if durable <= self.rounds_number or len(self._rounds) >= MAX_OPEN_ROUNDS:
             return float("inf")
         return self._last_round_s + self._round_s

@@ -83,7 +83,7 @@ def test_a_batch_that_comes_while_nothing_is_numbered_closes_its_link() -> None:
     role = serving(intermediate())
     greet(role, 1)
     role.accepted(9, hello(LinkRole.OPENER, S1, MID), 0.0)
-    role.received(9, Message.PROMISE, {"epoch": TWO, "dry_run": False}, 0.0)
+    role.received(9, Message.PROMISE, {"epoch": TWO, "dry_run": False, "reform": False}, 0.0)
     assert role.phase is opening.Phase.FROZEN
     actions = send_batch(role, 1, 1)
     assert [action.link for action in actions if isinstance(action, Close)] == [1]

@@ -442,7 +442,7 @@ def test_23_a_frozen_intermediate_answers_the_opener_only_when_everything_is_val
     greet(role, 1)
     send_batch(role, 1, 1)
     role.accepted(9, hello(LinkRole.OPENER, S1, MID), 0.0)
-    told = role.received(9, Message.PROMISE, {"epoch": TWO, "dry_run": False}, 0.0)
+    told = role.received(9, Message.PROMISE, {"epoch": TWO, "dry_run": False, "reform": False}, 0.0)
     told += saved(role, told) + role.durable(1, 0.0) + role.transmitted(S1, 104, 1, 4096, 0.0) + role.tick(0.1, 1)
     answer = {"epoch_number": 1, "number": 1, "applied": 0, "credit": FREE}
     told += role.received(105, Message.PREPARED, answer, 1.0)
@@ -453,7 +453,7 @@ def test_23_a_frozen_intermediate_answers_the_opener_only_when_everything_is_val
 def test_23_a_promise_that_led_nowhere_is_superseded_after_a_while() -> None:
     role = serving(intermediate())
     role.accepted(9, hello(LinkRole.OPENER, S1, MID), 0.0)
-    saved(role, role.received(9, Message.PROMISE, {"epoch": TWO, "dry_run": False}, 0.0))
+    saved(role, role.received(9, Message.PROMISE, {"epoch": TWO, "dry_run": False, "reform": False}, 0.0))
     role.tick(POLICY.open_backoff_s + 1, 1)
     assert role.phase.name == "STARTING"
     for node in (S1, S2):

@@ -130,7 +130,7 @@ class Group:
             heartbeat_s=0.2, link_timeout_s=1.0, hold_s=random.choice([2.0, 1000.0]), checkpoint_s=0.3,
             checkpoint_bytes=64 << 10, round_s=random.choice([0.01, 0.05]), round_bytes=64 << 10,
             open_backoff_s=random.choice([0.5, 1.0]), window_bytes=random.choice([64 << 10, 32 << 20]),
-            pending_bytes=128 << 10,
+            pending_bytes=128 << 10, suspend_when_full=False,
         )  # fmt: skip
         return Layout(
             primaries={"p1": 1, "p2": 2}, intermediate=("i", 3), secondaries={"s1": 4, "s2": 5},

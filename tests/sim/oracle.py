@@ -232,6 +232,8 @@ class Oracle(Watcher):
 
     def _check_prepared(self, name: str, role: Secondary) -> None:
         reported = self.prepared.get(name, 0)
+        if role.state.rolling:  # a takeover was stored: it may have discarded what another does not hold
+            reported = min(reported, role.state.number)
         demand(role.held >= reported, f"{name} had reported prepared {reported}, holds {role.held}")
 
     # hosts

@@ -35,6 +35,7 @@ from blockrepl.replication.takeover import OPEN, Takeover
 from blockrepl.storage.journal import Journal
 from blockrepl.storage.recovery import recover
 from blockrepl.storage.slots import Identity, Slots
+from tests.sim.bits import SimBitmaps
 from tests.sim.disk import SimDisk, SimFile, SimImage, SimJournalFile, SimSlotFile
 from tests.sim.network import Network, SimLinkTable, SimSocket
 from tests.sim.world import GROUP, Killed, Machine, World
@@ -425,6 +426,11 @@ class IntermediateProcess(Process):
         from blockrepl.formats.state import IntermediateState
 
         self._format_journal(self.layout.ring_bytes, encode_intermediate(IntermediateState()))
+        SimBitmaps.make(self, "hop2", self._sizes)
+
+    @property
+    def _sizes(self) -> dict[int, int]:
+        return {volume: size for volume, (_, _, size) in self.layout.volumes.items()}
 
     def open(self) -> IntermediateHost:
         reading = JournalReading()
@@ -432,14 +438,19 @@ class IntermediateProcess(Process):
         state = decode_intermediate(journal.recovered.state)
         state.incarnation += 1
         random = self.world.random
+        bits = SimBitmaps(self, "hop2", self._sizes)
         role = Intermediate(
             group=GROUP, node=self.node_id, name=self.name, primaries=list(self.layout.primaries.values()),
             secondaries=list(self.layout.secondaries.values()), state=state, policy=self.layout.policy,
-            new_id=lambda: random.randbytes(16), alone=self.alone,
+            new_id=lambda: random.randbytes(16), alone=self.alone, bitmaps=bits.bitmaps,
+            owners={v: self.layout.primaries[p] for v, (p, _, _) in self.layout.volumes.items()},
         )  # fmt: skip
         reading.tell_intermediate(role)
         self.watcher.recovered(self, reading.heads, role)
-        host = WatchedIntermediateHost(role, journal, self.links, self.machine.clock, self.workers, self.log)
+        host = WatchedIntermediateHost(
+            role, journal, bits.save, self.links, self.machine.clock, self.workers, self.log
+        )  # fmt: skip
+        bits.on_failed = lambda error: host.fail(str(error))
         host.process = self
         return host
 

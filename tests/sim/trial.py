@@ -28,6 +28,8 @@ class TrialWatcher(Watcher):
     def recovered(self, process: Process, heads: list[RecordHead], role: Any) -> None:
         assert isinstance(role, Secondary)
         reported = self._group.oracle.prepared.get(process.name, 0)
+        if role.state.rolling:  # a takeover was stored: it may have discarded what another does not hold
+            reported = min(reported, role.state.number)
         demand(role.held >= reported, f"{process.name} reported prepared {reported}; after a power cut {role.held}")
 
 

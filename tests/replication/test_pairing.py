@@ -1,0 +1,413 @@
+"""The pair state at the intermediate: split, resync, suspension of either hop (PROTOCOL, rules 15 to 19)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from blockrepl.bitmap import Bitmap
+from blockrepl.errors import UsageError
+from blockrepl.formats.link import LinkRole, Message, Pair
+from blockrepl.formats.record import RecordFlag, RecordKind, control_number, decode_batch
+from blockrepl.formats.state import IntermediateState
+from blockrepl.replication.actions import Action, Append, Close, Event, MarkJournal, SaveBits, SaveState
+from blockrepl.replication.intermediate import Intermediate
+from blockrepl.replication.pairing import TABLE, Step
+from blockrepl.replication.policy import Policy
+from tests.replication.roles import (
+    FREE,
+    GROUP,
+    MID,
+    NONCE,
+    ONE,
+    P1,
+    P2,
+    S1,
+    S2,
+    hello,
+    messages,
+    raw_batch,
+    report,
+    said,
+)  # fmt: skip
+
+SIZE = 1 << 20
+BLOCK = 64 << 10
+LINKS = {P1: 1, P2: 2, S1: 100 + S1, S2: 100 + S2}
+
+
+class Group:
+    """An intermediate among peers that answer when told to; its journal and bitmaps are durable at once."""
+
+    def __init__(self, policy: Policy | None = None, **state: Any) -> None:
+        self.bitmaps = {1: Bitmap(SIZE), 2: Bitmap(SIZE)}
+        self.role = Intermediate(
+            group=GROUP, node=MID, name="i", primaries=[P1, P2], secondaries=[S1, S2],
+            state=IntermediateState(**{"epoch": ONE, "promised": ONE, "incarnation": 1, **state}),
+            policy=policy or Policy(), new_id=lambda: b"x" * 16, bitmaps=self.bitmaps, owners={1: P1, 2: P2},
+        )  # fmt: skip
+        self.role.ring(FREE, FREE)
+        self.role.start()
+        self.appended: list[Append] = []
+        self.marked: list[MarkJournal] = []
+        self.events: list[str] = []
+        self.now_s = 0.0
+        self.boot_ns = 10**9
+        self.sent: list[tuple[int, int, dict[str, Any]]] = []
+
+    def do(self, actions: list[Action]) -> list[tuple[int, int, dict[str, Any]]]:
+        """Perform; returns the messages sent."""
+        sent: list[tuple[int, int, dict[str, Any]]] = []
+        queue = list(actions)
+        while queue:
+            action = queue.pop(0)
+            if isinstance(action, Append):
+                self.appended.append(action)
+                queue += self.role.durable(action.head.last, self.now_s)
+            elif isinstance(action, SaveState | SaveBits):
+                queue += self.role.saved(action.token, self.now_s)
+            elif isinstance(action, MarkJournal):
+                self.marked.append(action)
+                queue += self.role.saved(action.token, self.now_s)
+            elif isinstance(action, Event):
+                self.events.append(action.text)
+            elif isinstance(action, Close):
+                queue += self.role.lost(action.link, self.now_s)
+            elif said(action) is not None:
+                sent += messages([action])
+        self.sent += sent
+        return sent
+
+    def join(self) -> None:
+        """Everybody comes."""
+        for node in (S1, S2):
+            self.do(self.role.connected(LINKS[node], node, NONCE, 0.0))
+            self.do(self.role.received(LINKS[node], Message.WELCOME, report(node), 0.0))
+        for node in (P1, P2):
+            self.do(self.role.accepted(LINKS[node], hello(LinkRole.PRIMARY, node, MID), 0.0))
+
+    def write(self, node: int, number: int) -> list[tuple[int, int, dict[str, Any]]]:
+        chunk, end = raw_batch(number, sender=node)
+        head = decode_batch(chunk.view)
+        return self.do(self.role.batch(LINKS[node], head, chunk, 0, end, self.now_s, 0, self.boot_ns))
+
+    def prepare(self, number: int) -> list[tuple[int, int, dict[str, Any]]]:
+        """Both secondaries prepare up to a number, once asked."""
+        self.now_s += 1
+        sent = self.do(self.role.round(self.now_s))
+        for stream in self.role.streams.by_node.values():
+            stream.sent = max(stream.sent, min(stream.durable, number))
+            sent += self.do(self.role.streams.transmitted(stream.node, stream.link, stream.sent, 0))
+        for node in (S1, S2):
+            fields = {"epoch_number": 1, "number": number, "applied": 0, "credit": FREE}
+            sent += self.do(self.role.received(LINKS[node], Message.PREPARED, fields, self.now_s))
+        return sent
+
+    def tick(self, seconds: float = 0.1) -> list[tuple[int, int, dict[str, Any]]]:
+        self.now_s += seconds
+        self.boot_ns += int(seconds * 1e9)
+        for link in LINKS.values():
+            self.role._heard_s[link] = self.now_s
+        for sender in self.role.senders.by_node.values():
+            sender.heard_s = self.now_s
+        return self.do(self.role.tick(self.now_s, self.boot_ns))
+
+    def rejoin(self) -> list[tuple[int, int, dict[str, Any]]]:
+        sent = []
+        for node in (S1, S2):
+            sent += self.do(self.role.received(LINKS[node], Message.REJOINED, {"number": 0}, self.now_s))
+        return sent
+
+    @property
+    def pair(self) -> Pair:
+        return self.role.pairing.pair
+
+
+def kinds(sent: list[tuple[int, int, dict[str, Any]]]) -> list[Message]:
+    return [Message(kind) for _, kind, _ in sent if kind not in (Message.HEARTBEAT, Message.ACK)]
+
+
+def split_group(writes: int = 3) -> Group:
+    group = Group()
+    group.join()
+    for number in range(1, writes + 1):
+        group.write(P1, number)
+    sent = group.do(group.role.pairing.split(writable=False, now_s=0.0))
+    sent += group.prepare(writes)
+    sent += group.tick()
+    assert group.pair.name == "PSUS"
+    assert [fields["number"] for _, kind, fields in sent if kind == Message.SPLIT] == [writes, writes]
+    return group
+
+
+def test_a_split_drains_to_one_number_and_nothing_above_it_is_sent() -> None:
+    group = split_group()
+    sent = group.write(P1, 4) + group.tick(1.0) + group.tick(1.0)
+    assert Message.PREPARE not in kinds(sent)
+    assert all(stream.sent <= 3 for stream in group.role.streams.by_node.values())
+    assert group.role.numbered == group.role.durable_number == 4
+    assert group.role.streams.validated == 3
+
+
+def test_while_split_the_journal_gives_up_only_what_is_in_the_bitmaps() -> None:
+    group = split_group()
+    for number in (4, 5):
+        group.write(P1, number)
+    group.do(group.role.received(LINKS[P1], Message.CHECKPOINT, {"number": 5}, 0.0))
+    assert group.role.releasable == 3
+    group.do(group.role.ring(FREE // 8, FREE))
+    group.tick()
+    assert [(mark.after, mark.through) for mark in group.marked] == [(3, 5)]
+    assert group.role.releasable == 5
+
+
+def test_a_split_whose_journal_is_whole_is_lifted_without_a_resync() -> None:
+    group = split_group()
+    group.write(P1, 4)
+    sent = group.do(group.role.pairing.resync(now_s=0.0))
+    assert kinds(sent) == [Message.REJOIN, Message.REJOIN]
+    group.rejoin()
+    assert group.pair.name == "PAIR"
+    assert all(append.head.kind == RecordKind.UPDATE for append in group.appended)
+    group.prepare(4)
+    assert group.role.streams.validated == 4
+
+
+def resync(group: Group, **options: Any) -> list[tuple[int, int, dict[str, Any]]]:
+    sent = group.do(group.role.pairing.resync(now_s=group.now_s, **options))
+    sent += group.rejoin()
+    return sent + group.tick()
+
+
+def test_a_resync_marks_the_journal_numbers_a_start_per_stream_and_tells_the_primaries() -> None:
+    group = split_group()
+    group.write(P1, 4)
+    group.do(group.role.received(LINKS[S1], Message.BITMAP, {
+        "volume": 2, "block_bytes": BLOCK, "first_block": 8, "bits": b"\x05"}, 0.0))  # fmt: skip
+    sent = resync(group)
+    assert [(mark.after, mark.through) for mark in group.marked] == [(3, 4)]
+    starts = group.appended[-2:]
+    assert [append.head.kind for append in starts] == [RecordKind.START] * 2
+    assert {append.head.stream for append in starts} == {S1, S2}
+    assert all(append.head.flags & RecordFlag.JUMP for append in starts)
+    assert {control_number(append.record) for append in starts} == {3}
+    assert group.pair.name == "COPY"
+    told = [(link, kind) for link, kind, _ in sent if kind in (Message.BITMAP, Message.RESYNC)]
+    assert told == [(LINKS[P1], Message.RESYNC), (LINKS[P2], Message.BITMAP), (LINKS[P2], Message.RESYNC)]
+
+
+def finish(group: Group) -> list[tuple[int, int, dict[str, Any]]]:
+    sent = []
+    resync_id = group.role.state.start
+    for node in (P1, P2):
+        sent += group.do(group.role.received(LINKS[node], Message.COPIED, {"id": resync_id}, group.now_s))
+    assert [append.head.kind for append in group.appended[-2:]] == [RecordKind.END] * 2
+    sent += group.prepare(group.role.numbered)
+    return sent + group.tick()
+
+
+def test_the_bits_are_cleared_and_the_primaries_told_only_when_the_end_is_validated() -> None:
+    group = split_group()
+    group.bitmaps[1].mark(0, 1)
+    resync(group)
+    start = group.role.state.start
+    group.do(group.role.received(LINKS[P1], Message.COPIED, {"id": start}, 0.0))
+    assert group.role.state.end == 0, "one primary has not copied everything"
+    group.do(group.role.received(LINKS[P2], Message.COPIED, {"id": start}, 0.0))
+    assert group.role.state.end == group.role.numbered
+    group.tick()
+    assert group.bitmaps[1].count == 1
+    assert group.pair.name == "COPY"
+    sent = group.prepare(group.role.numbered) + group.tick()
+    assert [fields["id"] for _, kind, fields in sent if kind == Message.RESYNCED] == [start, start]
+    assert group.bitmaps[1].count == 0
+    assert group.pair.name == "PAIR"
+    assert group.role.state.resynced == start
+
+
+def test_batches_wait_while_the_start_is_stored() -> None:
+    group = split_group()
+    group.bitmaps[1].mark(0, 1)
+    actions = group.role.pairing.resync(now_s=0.0)
+    group.do(actions)
+    held: list[Action] = []
+    for node in (S1, S2):
+        held += group.role.received(LINKS[node], Message.REJOINED, {"number": 0}, 0.0)
+    bits = [action for action in held if isinstance(action, SaveBits)]
+    held = group.role.saved(bits[0].token, 0.0)
+    assert group.role.pairing.step is Step.STARTING
+    group.write(P1, 4)
+    assert group.role.numbered == 3
+    group.do(held)
+    group.tick()
+    numbered = [(append.head.kind, append.head.first) for append in group.appended[-3:]]
+    assert numbered == [(RecordKind.START, 4), (RecordKind.START, 5), (RecordKind.UPDATE, 6)]
+
+
+def test_a_primary_that_went_on_alone_stops_the_numbering_durably_and_the_others_are_told() -> None:
+    group = Group()
+    group.join()
+    group.do(group.role.lost(LINKS[P1], 0.0))
+    sent = group.do(group.role.accepted(11, hello(LinkRole.PRIMARY, P1, MID, suspended=True), 0.0))
+    assert group.pair.name == "PSUE"
+    assert not group.role.state.numbering
+    assert {link for link, kind, _ in sent if kind == Message.SUSPEND} == {11, LINKS[P2]}
+    group.write(P2, 1)
+    assert group.role.numbered == 0
+
+
+def test_without_fresh_echoes_of_every_primary_nothing_is_numbered() -> None:
+    group = Group(Policy(fence_never=True, lease_s=3.0))
+    group.join()
+    group.write(P1, 1)
+    assert group.role.numbered == 0, "nobody has echoed anything yet"
+    for node in (P1, P2):
+        beat = {"stamp_ns": 1, "echo_ns": group.boot_ns, "numbered": 0, "validated": 0, "applied": 0, "credit": 0}
+        group.do(group.role.received(LINKS[node], Message.HEARTBEAT, {**beat, "pair": 2}, 0.0))
+    group.tick()
+    assert group.role.numbered == 1
+    group.boot_ns += int(2.8e9)
+    group.write(P1, 2)
+    assert group.role.numbered == 2
+    group.boot_ns += int(0.3e9)
+    group.write(P1, 3)
+    assert group.role.numbered == 2, "P2 may go on alone from now on"
+    for _ in range(80):
+        sent = group.tick()
+        if not group.role.state.numbering:
+            break
+    assert group.pair.name == "PSUE"
+    assert Message.SUSPEND in kinds(sent)
+
+
+def test_an_excluded_primary_is_not_waited_for_and_is_turned_away() -> None:
+    group = Group(Policy(fence_never=True))
+    group.join()
+    group.do(group.role.lost(LINKS[P2], 0.0))
+    with pytest.raises(UsageError, match="connected"):
+        group.role.exclude(P1)
+    group.do(group.role.exclude(P2))
+    beat = {"stamp_ns": 1, "echo_ns": group.boot_ns, "numbered": 0, "validated": 0, "applied": 0, "credit": 0}
+    group.do(group.role.received(LINKS[P1], Message.HEARTBEAT, {**beat, "pair": 2}, 0.0))
+    group.write(P1, 1)
+    assert group.role.numbered == 1
+    refused = group.role.accepted(12, hello(LinkRole.PRIMARY, P2, MID), 0.0)
+    assert isinstance(refused[0], Close)
+    group.do(group.role.include(P2))
+    assert not isinstance(group.role.accepted(12, hello(LinkRole.PRIMARY, P2, MID), 0.0)[0], Close)
+
+
+def test_a_full_journal_suspends_hop_2_and_comes_back_by_itself() -> None:
+    group = Group()
+    group.join()
+    for node in (S1, S2):
+        group.do(group.role.lost(LINKS[node], 0.0))
+    for number in (1, 2, 3):
+        group.write(P1, number)
+    group.do(group.role.received(LINKS[P1], Message.CHECKPOINT, {"number": 3}, 0.0))
+    group.do(group.role.ring(FREE // 20, FREE))
+    for _ in range(20):
+        group.tick()
+    assert group.pair.name == "PFUS"
+    assert group.role.releasable == 3, "what is in the bitmaps may go"
+    for node in (S1, S2):
+        group.do(group.role.connected(LINKS[node], node, NONCE, group.now_s))
+        group.do(group.role.received(LINKS[node], Message.WELCOME, report(node), group.now_s))
+    group.do(group.role.ring(FREE, FREE))
+    sent = group.tick(3.0)
+    assert kinds(sent).count(Message.REJOIN) == 2
+    group.rejoin()
+    group.tick()
+    finish(group)
+    assert group.pair.name == "PAIR"
+
+
+def test_with_block_a_full_journal_holds_the_hosts_back() -> None:
+    group = Group(Policy(suspend_when_full=False))
+    group.join()
+    group.write(P1, 1)
+    group.do(group.role.received(LINKS[P1], Message.CHECKPOINT, {"number": 1}, 0.0))
+    group.do(group.role.ring(0, FREE))
+    for _ in range(30):
+        group.tick()
+    assert group.pair.name == "PFUL"
+
+
+def test_a_command_that_a_state_forbids_names_the_state_and_what_comes_first() -> None:
+    group = Group()
+    group.join()
+    with pytest.raises(UsageError, match="not possible in state PAIR") as caught:
+        group.role.pairing.resync(now_s=0.0)
+    assert "pair split" in str(caught.value.hint)
+    group = split_group()
+    with pytest.raises(UsageError, match="not possible in state PSUS"):
+        group.role.pairing.split(writable=False, now_s=0.0)
+    group.do(group.role.lost(LINKS[P2], 0.0))
+    with pytest.raises(UsageError, match="primary 2 is away"):
+        group.role.pairing.resync(now_s=0.0)
+
+
+@pytest.mark.parametrize("durable_start", [False, True])
+def test_an_intermediate_that_restarts_while_copying_goes_on(durable_start: bool) -> None:
+    group = split_group()
+    group.bitmaps[1].mark(0, 1)
+    before = len(group.appended)
+    resync(group)
+    old = group.role
+    state = old.durable_state()
+    heads = [append.head for append in group.appended[:before]]
+    starts = [append.head for append in group.appended[before:]]
+    if not durable_start:
+        state.durable, state.starts, state.limited = 3, [], True
+        state.streams = [(S1, 3), (S2, 0)]
+    state.validated = 3
+    again = Group()
+    again.bitmaps = group.bitmaps
+    again.role = Intermediate(
+        group=GROUP, node=MID, name="i", primaries=[P1, P2], secondaries=[S1, S2], state=state, policy=Policy(),
+        new_id=lambda: b"x" * 16, bitmaps=group.bitmaps, owners={1: P1, 2: P2},
+    )  # fmt: skip
+    for head in heads + (starts if durable_start else []):
+        again.role.recovered(head)
+    again.role.start()
+    again.role.ring(FREE, FREE)
+    for node in (S1, S2):
+        again.do(again.role.connected(LINKS[node], node, NONCE, 0.0))
+        held = {"through": 3 if node == S1 else 0, "prepared": 3, "validated": 3}
+        again.do(again.role.received(LINKS[node], Message.WELCOME, report(node, **held), 0.0))
+    sent = []
+    for node in (P1, P2):
+        sent += again.do(again.role.accepted(LINKS[node], hello(LinkRole.PRIMARY, node, MID), 0.0))
+    sent += again.tick()
+    assert again.role.pairing.step is Step.COPYING
+    assert {link for link, kind, _ in sent if kind == Message.RESYNC} == {LINKS[P1], LINKS[P2]}
+    if not durable_start:
+        assert [append.head.kind for append in again.appended] == [RecordKind.START] * 2
+    finish(again)
+    assert again.pair.name == "PAIR"
+
+
+def test_every_step_can_be_left() -> None:
+    left = {step for step, _ in TABLE}
+    assert left == set(Step)
+    assert set(TABLE.values()) == set(Step)
+
+
+def test_a_split_in_mid_resync_stays_between_start_and_end() -> None:
+    group = split_group()
+    group.bitmaps[1].mark(0, 1)
+    resync(group)
+    start = group.role.state.start
+    sent = group.do(group.role.pairing.split(writable=False, now_s=group.now_s))
+    assert group.pair.name == "PSUS"
+    assert Message.SPLIT not in kinds(sent), "the secondaries are at no number of their own"
+    with pytest.raises(UsageError):
+        group.role.pairing.split(writable=True, now_s=group.now_s)
+    group.write(P1, 4)
+    resync(group)
+    assert group.role.state.start > start
+    assert group.role.state.at == 3
+    assert group.bitmaps[1].count == 1
+    finish(group)
+    assert group.pair.name == "PAIR"

@@ -1,0 +1,59 @@
+"""Bitmaps of a simulated machine, over its files: bytes of bits, written whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from blockrepl.bitmap import Bitmap
+from tests.sim.disk import SimFile
+
+if TYPE_CHECKING:
+    from tests.sim.process import Process
+
+BITMAP_BLOCK = 4096
+
+
+class SimBitmaps:
+    """The bitmaps of one life of a process, by volume; `save` is the port of the hosts."""
+
+    def __init__(self, process: Process, prefix: str, sizes: Mapping[int, int]) -> None:
+        """``sizes``: volume → bytes. The files were made by `make`."""
+        self._process = process
+        self._files = {volume: process.machine.files[f"{prefix} {volume}"] for volume in sizes}
+        self.bitmaps = {
+            volume: Bitmap(size, BITMAP_BLOCK, bytes(self._files[volume].cache)) for volume, size in sizes.items()
+        }
+        self.on_failed: Callable[[OSError], None] = lambda _error: None
+
+    @staticmethod
+    def make(process: Process, prefix: str, sizes: Mapping[int, int]) -> None:
+        """`create`: all clear."""
+        for volume, size in sizes.items():
+            process.machine.files[f"{prefix} {volume}"] = SimFile(len(Bitmap(size, BITMAP_BLOCK).bits))
+
+    def save(self, done: Callable[[], None]) -> None:
+        """Write what changed, sync it, then ``done``."""
+        wanted = [volume for volume, bitmap in self.bitmaps.items() if bitmap.changed]
+        left = len(wanted)
+        if not left:
+            self._process.workers.later(done)
+            return
+
+        def synced(error: OSError | None) -> None:
+            nonlocal left
+            left -= 1
+            if error is not None:
+                self.on_failed(error)
+            elif not left:
+                done()
+
+        for volume in wanted:
+            self.bitmaps[volume].changed.clear()
+            self._process.effect()
+            try:
+                self._files[volume].write(0, bytes(self.bitmaps[volume].bits))
+            except OSError as error:
+                self.on_failed(error)
+                return
+            self._process.disk.sync(self._files[volume].fd, synced)
