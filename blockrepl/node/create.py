@@ -17,6 +17,8 @@ from blockrepl.formats.state import (
     encode_primary,
     encode_secondary,
 )
+from blockrepl.node.bitmaps import bitmap_identity, bitmap_path, bitmapped
+from blockrepl.storage.bitmap_file import BitmapFile
 from blockrepl.storage.image import ImageFile, ImageIdentity, identity_path
 from blockrepl.storage.journal_file import JournalFile
 from blockrepl.storage.slot_file import SlotFile
@@ -67,6 +69,10 @@ def create(definition: Definition, node: Node) -> None:
         raise UsageError(f"{main} exists already", hint="`blockrepl create` never overwrites; move it away first")
     made: list[Path] = []
     try:
+        for volume in bitmapped(definition, node):
+            path = bitmap_path(node, volume)
+            BitmapFile.create(path, bitmap_identity(definition, node, volume))
+            made.append(path)
         for volume, side in images_of(definition, node):
             path = image_path(node, volume)
             existed = path.exists()

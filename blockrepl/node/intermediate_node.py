@@ -14,15 +14,19 @@ from blockrepl.formats.link import Message
 from blockrepl.formats.state import decode_intermediate, encode_intermediate
 from blockrepl.node.asyncio_ports import log_event
 from blockrepl.node.base import NodeBase, epoch_json, policy_of, save_last
-from blockrepl.node.control import Handler
+from blockrepl.node.bitmaps import NodeBitmaps
+from blockrepl.node.control import Handler, Progress
 from blockrepl.node.create import JOURNAL_NAME, identity
 from blockrepl.node.intermediate_host import IntermediateHost
 from blockrepl.node.journal_reading import JournalReading
 from blockrepl.node.lag import LagMeter
 from blockrepl.node.links import Dialler, Listener
+from blockrepl.replication.actions import Action
 from blockrepl.replication.intermediate import Intermediate
 from blockrepl.replication.opening import Phase
 from blockrepl.storage.journal_file import JournalFile
+
+REFORM_GRACE_S = 2.0  # for the opener to hang up
 
 
 class IntermediateNode(NodeBase):
@@ -31,12 +35,13 @@ class IntermediateNode(NodeBase):
     def __init__(self, definition: Definition, node: Node, *, alone: bool) -> None:
         super().__init__(definition, node)
         self.links.router = self
-        self.host = self._recover(alone)
-        self.host.on_round_due = self._arm
+        self._bitmaps = NodeBitmaps.open(definition, node, self.disk)
         self._round_timer: asyncio.TimerHandle | None = None
         self._listener = Listener(self.links)
         self._diallers: list[Dialler] = []
-        self._lags = {each.id: LagMeter() for each in definition.secondaries}
+        self._adopt(self._recover(alone))
+        self._bitmaps.on_failed(lambda error: self.host.fail(str(error)))
+        self._reforms_at_s: float | None = None
 
     def _recover(self, alone: bool) -> IntermediateHost:
         definition, node = self.definition, self.node
@@ -51,16 +56,55 @@ class IntermediateNode(NodeBase):
             group=definition.group_id.bytes,
             node=node.id,
             name=node.name,
-            primaries=[each.id for each in definition.primaries],
-            secondaries=[each.id for each in definition.secondaries],
+            primaries=[each.id for each in definition.sources(state.direction)],
+            secondaries=[each.id for each in definition.targets(state.direction)],
             state=state,
             policy=policy_of(definition),
             new_id=lambda: os.urandom(16),
             alone=alone,
+            bitmaps=self._bitmaps.bitmaps,
+            owners=definition.owners(state.direction),
         )
         reading.tell_intermediate(role)
         log_event(f"journal recovered: {len(reading.heads)} records, up to {role.numbered}", {})
-        return IntermediateHost(role, journal, self.links, self.clock, self.workers, log_event)
+        return IntermediateHost(
+            role, journal, self._bitmaps.save, self.links, self.clock, self.workers, log_event
+        )  # fmt: skip
+
+    def _adopt(self, host: IntermediateHost) -> None:
+        """This host is the node's from now on."""
+        self.host = host
+        host.on_round_due = self._arm
+        host.on_reformed = self._reformed
+        self._lags = {node: LagMeter() for node in host.role.streams.by_node}
+
+    def _reformed(self) -> None:
+        """The group was formed anew: when the opener has hung up, or soon, other peers are dialled and let in."""
+        self._reforms_at_s = self.clock.now_s() + REFORM_GRACE_S
+
+    async def _rebuild(self) -> None:
+        """Role and host anew, from the state that was stored; every link is made again."""
+        old = self.host
+        diallers, self._diallers = self._diallers, []
+        for dialler in diallers:
+            await dialler.close()
+        self.links.close_all()
+        definition, node = self.definition, self.node
+        state = decode_intermediate(encode_intermediate(old.role.durable_state()))
+        role = Intermediate(
+            group=definition.group_id.bytes, node=node.id, name=node.name,
+            primaries=[each.id for each in definition.sources(state.direction)],
+            secondaries=[each.id for each in definition.targets(state.direction)],
+            state=state, policy=old.role.policy, new_id=lambda: os.urandom(16), bitmaps=self._bitmaps.bitmaps,
+            owners=definition.owners(state.direction),
+        )  # fmt: skip
+        role.start()
+        self._adopt(
+            IntermediateHost(
+                role, old.journal, self._bitmaps.save, self.links, self.clock, self.workers, log_event
+            )
+        )  # fmt: skip
+        self._dial()
 
     # life
 
@@ -74,7 +118,10 @@ class IntermediateNode(NodeBase):
             self._listener.listen(address.host, address.port)
         except OSError as error:
             raise UsageError(f"cannot listen on {address}: {error.strerror}", hint="is the port taken?") from error
-        for peer in self.definition.secondaries:
+        self._dial()
+
+    def _dial(self) -> None:
+        for peer in self.definition.targets(self.host.role.state.direction):
             connected = partial(self._connected, peer.id)
             self._diallers.append(Dialler(self.links, peer.address.host, peer.address.port, connected, peer.name))
 
@@ -87,8 +134,14 @@ class IntermediateNode(NodeBase):
         await save_last(self.host.journal, encode_intermediate(self.host.role.durable_state()))
 
     def tick(self) -> None:
-        self.host.tick()
         now_s = self.clock.now_s()
+        if self._reforms_at_s is not None:
+            if self.host.role.opener_link and now_s < self._reforms_at_s:
+                return
+            self._reforms_at_s = None
+            self.loop.create_task(self._rebuild())
+            return
+        self.host.tick()
         for stream in self.host.role.streams.by_node.values():
             self._lags[stream.node].sample(stream.last, stream.total_writes, stream.total_bytes, now_s)
 
@@ -134,7 +187,43 @@ class IntermediateNode(NodeBase):
     # control
 
     def handlers(self) -> dict[str, Handler]:
-        return {}
+        return {
+            "pair_split": self._split, "pair_resync": self._resync, "pair_create": self._create,
+            "pair_delete": self._delete, "exclude": self._exclude, "include": self._include,
+        }  # fmt: skip
+
+    async def _split(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        role = self.host.role
+        return self._act(role.pairing.split(writable=bool(args.get("writable")), now_s=self.clock.now_s()))
+
+    async def _resync(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        pairing, rate = self.host.role.pairing, int(args.get("rate_bytes") or 0)
+        return self._act(
+            pairing.resync(verify=bool(args.get("verify")), rate_bytes=rate, now_s=self.clock.now_s())
+        )  # fmt: skip
+
+    async def _create(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        pairing, rate = self.host.role.pairing, int(args.get("rate_bytes") or 0)
+        forget = bool(args.get("no_copy"))
+        return self._act(
+            pairing.resync(initial=True, rate_bytes=rate, forget=forget, now_s=self.clock.now_s())
+        )  # fmt: skip
+
+    async def _delete(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        return self._act(self.host.role.pairing.delete(self.clock.now_s()))
+
+    async def _exclude(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        return self._act(self.host.role.exclude(self.definition.node(str(args.get("node"))).id))
+
+    async def _include(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        return self._act(self.host.role.include(self.definition.node(str(args.get("node"))).id))
+
+    def _act(self, actions: list[Action]) -> dict[str, Any]:
+        """Perform what an operator asked for; the answer says the state, what comes of it `status` says."""
+        self.host.perform(actions)
+        self.host.settle()
+        pairing = self.host.role.pairing
+        return {"pair": pairing.pair.name, "step": pairing.step.value, "number": self.host.role.numbered}
 
     def status(self) -> dict[str, Any]:
         role, journal = self.host.role, self.host.journal.journal
@@ -151,10 +240,19 @@ class IntermediateNode(NodeBase):
                 "applied": min((s.applied for s in role.streams.by_node.values()), default=0),
                 "checkpoint": role.senders.releasable,
             },
+            "pair": role.pairing.pair.name,
+            "pair_reason": role.pairing.reason,
+            "direction": role.state.direction,
+            "suspended_at": role.pairing.suspended_at if role.state.limited else None,
+            "resync": {"id": role.state.start, "verify": role.state.verify, "step": role.pairing.step.value}
+            if role.state.start
+            else None,
+            "out_of_sync_bytes": {"hop2": role.pairing.out_of_sync_bytes()},
+            "excluded": [each.name for each in self.definition.nodes if each.id in role.state.excluded],
             "valid_counter": role.streams.valid_counter,
             "volumes": [],
-            "peers": [self._primary_row(node) for node in self.definition.primaries]
-            + [self._secondary_row(node) for node in self.definition.secondaries],
+            "peers": [self._primary_row(node) for node in self.definition.sources(role.state.direction)]
+            + [self._secondary_row(node) for node in self.definition.targets(role.state.direction)],
             "journal": {"size_bytes": journal.ring_bytes, "used_bytes": journal.used_bytes},
         }  # fmt: skip
 
