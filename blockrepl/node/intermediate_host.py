@@ -22,9 +22,20 @@ from blockrepl.formats.record import (
 )
 from blockrepl.formats.state import encode_intermediate
 from blockrepl.node.host import Host
+from blockrepl.node.intermediate_volumes import IntermediateVolumes
 from blockrepl.node.ports import Clock, Links, Log, Workers
 from blockrepl.node.trimmer import Trimmer
-from blockrepl.replication.actions import Append, Forget, MarkJournal, Reformed, Replay, SaveBits, SaveState, Transmit
+from blockrepl.replication.actions import (
+    Append,
+    CopyOwn,
+    Forget,
+    MarkJournal,
+    Reformed,
+    Replay,
+    SaveBits,
+    SaveState,
+    Transmit,
+)
 from blockrepl.replication.intermediate import Intermediate
 from blockrepl.replication.policy import TRANSMIT_BYTES
 from blockrepl.storage.frame_index import FrameRef
@@ -71,12 +82,18 @@ class IntermediateHost(Host):
         clock: Clock,
         workers: Workers,
         log: Log,
+        volumes: IntermediateVolumes | None = None,
     ) -> None:
+        """``volumes``: in volumes mode."""
         super().__init__(links, clock, workers, log)
         self.role = role
         self.journal = journal
         self.on_reformed: Callable[[], None] = lambda: None  # the owner builds role and host anew
         self._save_bits = save_bits
+        self.volumes = volumes
+        if volumes is not None:
+            volumes.on_failed = self.fail
+            volumes.perform = self.perform
         self._performers |= {
             Append: self._append,
             SaveState: self._save,
@@ -85,6 +102,7 @@ class IntermediateHost(Host):
             SaveBits: self._save_bitmaps,
             MarkJournal: self._mark_journal,
             Forget: self._forget,
+            CopyOwn: self._copy_own,
             Reformed: lambda _action: self.on_reformed(),
         }
         self._undurable: deque[Kept] = deque()
@@ -116,7 +134,11 @@ class IntermediateHost(Host):
         self.perform(self.role.tick(now_s, self.clock.boot_ns()))
         for job in list(self._replays.values()):
             self._replay_more(job)
-        self._guarded(lambda: self._trimmer.trim(self.role.releasable, now_s))
+        releasable = self.role.releasable
+        if self.volumes is not None:
+            self.volumes.tick(now_s)
+            releasable = min(releasable, self.volumes.stored_through)
+        self._guarded(lambda: self._trimmer.trim(releasable, now_s))
         self.settle()
 
     def round(self) -> None:
@@ -170,6 +192,8 @@ class IntermediateHost(Host):
             self._failed(error)
             return
         self._dirty = True
+        if self.volumes is not None:
+            self.volumes.appended(head, action.record)
         self._undurable.append(Kept(head, action.record, action.chunk, frame_bytes(head.size_bytes), position))
 
     def _durable(self, position: int) -> None:
@@ -178,6 +202,8 @@ class IntermediateHost(Host):
         while undurable and undurable[0].position <= position:
             kept = undurable.popleft()
             last = kept.head.last
+            if self.volumes is not None:
+                self.volumes.durable(kept.head, kept.record)
             cache[kept.head.stream].append(kept)
             self._cache_bytes += kept.frame_bytes
         if last:
@@ -269,14 +295,25 @@ class IntermediateHost(Host):
                 found.update((v, offset, length) for v, _, _, _, offset, length in ENTRY.iter_unpack(table))
         return found
 
+    def _copy_own(self, action: CopyOwn) -> None:
+        if self.volumes is not None:
+            self.volumes.begin_copy(action.resync)
+
     def _forget(self, action: Forget) -> None:
         journal = self.journal.journal
         for queue in self._cache.values():
             while queue:
                 self._drop(queue)
-        self._guarded(
-            lambda: self.journal.save(self._state(), trim_to=journal.tail, done=lambda: self._saved(action.token))
-        )
+
+        def stored() -> None:
+            self._guarded(
+                lambda: self.journal.save(self._state(), trim_to=journal.tail, done=lambda: self._saved(action.token))
+            )
+
+        if self.volumes is None:
+            stored()
+        else:
+            self.volumes.sync(stored)
 
     # hop 2
 

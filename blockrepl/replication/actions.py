@@ -87,6 +87,13 @@ class MarkJournal:
 
 
 @dataclass(slots=True)
+class CopyOwn:
+    """Volumes mode: copy what the hop-2 bitmaps say from the intermediate's volumes; then `pairing.own_copied`."""
+
+    resync: int
+
+
+@dataclass(slots=True)
 class Forget:
     """Give up every record of this node's journal and save the role's `state`, in one write; then `saved(token)`."""
 
@@ -209,6 +216,6 @@ class Event:
 
 Action = (
     Send | Close | Append | AppendNote | SyncJournal | SaveState | Transmit | Replay | Trim | Truncate | Apply
-    | SaveBits | MarkJournal | Forget | Reformed
+    | SaveBits | MarkJournal | CopyOwn | Forget | Reformed
     | SyncVolumes | StoreBatch | StoreRecord | FailBatch | DigestBlocks | Digested | Event
 )  # fmt: skip

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from blockrepl.bitmap import Bitmap
+from blockrepl.block import Op
 from blockrepl.chunks import Chunk
 from blockrepl.errors import ProtocolError, SequenceGapError, UsageError
 from blockrepl.formats.journal import frame_bytes
@@ -22,7 +23,15 @@ from blockrepl.formats.link import (
     Refusal,
     encode,
 )
-from blockrepl.formats.record import RecordHead, RecordKind, control_record, decode_batch, number_record
+from blockrepl.formats.record import (
+    RecordFlag,
+    RecordHead,
+    RecordKind,
+    control_record,
+    decode_batch,
+    encode_record,
+    number_record,
+)
 from blockrepl.formats.state import IntermediateState
 from blockrepl.replication.actions import Action, Append, Close, Event, Replay, SaveState, Send
 from blockrepl.replication.greeting import Introduction, Problem, refused
@@ -53,10 +62,13 @@ class Intermediate:
         alone: bool = False,
         bitmaps: Mapping[int, Bitmap] | None = None,
         owners: Mapping[int, int] | None = None,
+        homes: Mapping[int, int] | None = None,
+        local_source: bool = False,
     ) -> None:
         """``state.incarnation`` was raised durably by this process. ``new_id`` gives 16 random bytes.
 
-        ``bitmaps``: volume → its hop-2 bitmap; ``owners``: volume → its primary.
+        ``bitmaps``: volume → its hop-2 bitmap; ``owners``: volume → its primary; ``homes``: volume → its secondary.
+        ``local_source``: volumes mode: hop 2 is resynchronised from the intermediate's own volumes.
         """
         self.group = group
         self.node = node
@@ -72,7 +84,9 @@ class Intermediate:
             stream = self.streams.by_node[stream_node]
             stream.last = stream.durable = last
         self.opening = Opening(self, new_id, alone=alone)
-        self.pairing = Pairing(self, bitmaps or {}, owners or {})
+        self.pairing = Pairing(self, bitmaps or {}, owners or {}, local_source=local_source)
+        self._homes = homes or {}
+        self.undurable_bytes = 0  # of its own records
         self._own = Sender(node)  # of the records that the intermediate makes itself
         self._waiting: deque[tuple[int, RecordHead, Chunk, int, int, int]] = deque()  # batches not numbered yet
         self._fresh_s: float | None = None  # when every primary's lease was last known to be fresh
@@ -331,9 +345,28 @@ class Intermediate:
         record = control_record(
             kind, self.group, self.node, stream.node, self.state.incarnation & 0xFFFFFFFF, number, flags
         )  # fmt: skip
+        return self._number_own(record, stream)
+
+    def own_copy(self, volume: int, offset_bytes: int, data: bytearray) -> list[Action]:
+        """Volumes mode: a block of an intermediate volume as a COPY record, at this very number (rule 19)."""
+        stream = self.streams.by_node[self._homes[volume]]
+        zero = data.count(0) == len(data)
+        payload = None if zero else data
+        record, size = encode_record(
+            RecordKind.UPDATE, self.group, self.node, stream.node, self.state.incarnation, 0, volume,
+            [Op.ZERO if zero else Op.WRITE], [0], [offset_bytes], [len(data)], [payload], 0 if zero else len(data),
+            RecordFlag.COPY,
+        )  # fmt: skip
+        whole = record if payload is None else record + payload
+        assert len(whole) == size
+        return [self._number_own(whole, stream)]
+
+    def _number_own(self, record: bytearray, stream: Stream) -> Append:
         chunk = Chunk(len(record), None)
         chunk.view[: len(record)] = record
         view = chunk.view[: len(record)]
+        self.senders.free_bytes -= frame_bytes(len(record))
+        self.undurable_bytes += len(record)
         head = decode_batch(view)
         head.epoch, head.first, head.previous = self.state.epoch.number, self.numbered + 1, stream.last
         head.header_crc = number_record(view, 0, head.epoch, head.first, head.previous, 0)
@@ -351,6 +384,8 @@ class Intermediate:
         fed: set[int] = set()
         while appended and appended[0][0] <= number:
             last, sender, incarnation, batch, stream_node, size = appended.popleft()
+            if sender is self._own:
+                self.undurable_bytes -= size
             sender.durable_last = last
             if incarnation == sender.incarnation:
                 sender.durable_batch = batch

@@ -15,7 +15,7 @@ from blockrepl.bitmap import Bitmap
 from blockrepl.errors import ProtocolError, UsageError
 from blockrepl.formats.link import Message, Pair, encode
 from blockrepl.formats.record import RecordFlag, RecordHead, RecordKind
-from blockrepl.replication.actions import Action, Event, MarkJournal, SaveBits, Send
+from blockrepl.replication.actions import Action, CopyOwn, Event, MarkJournal, SaveBits, Send
 from blockrepl.replication.hop1 import Sender
 from blockrepl.replication.machine import Machine
 from blockrepl.replication.opening import Phase
@@ -70,11 +70,14 @@ class Pairing:
     nothing is numbered while ``state.numbering`` is False; ``bitmaps`` are cleared only after an END was validated.
     """
 
-    def __init__(self, owner: Intermediate, bitmaps: Mapping[int, Bitmap], owners: Mapping[int, int]) -> None:
+    def __init__(
+        self, owner: Intermediate, bitmaps: Mapping[int, Bitmap], owners: Mapping[int, int], *, local_source: bool
+    ) -> None:
         """``bitmaps``: volume → its hop-2 bitmap; ``owners``: volume → the primary that serves it."""
         self._owner = owner
         self.bitmaps = bitmaps
         self.owners = owners
+        self.local_source = local_source
         state = owner.state
         self.machine: Machine[Step] = Machine(TABLE, Step.STARTING if state.pair == Pair.COPY else Step.IDLE)
         self._starts: list[tuple[int, int]] = []  # (secondary, number before its START that is skipped to, or 0)
@@ -85,7 +88,8 @@ class Pairing:
         self.reason = ""
         self._copied: set[int] = set()  # primaries that have sent everything
         self._rejoined: set[int] = set()
-        self._rate_bytes = 0
+        self._own_copied = False
+        self.rate_bytes = 0
         self._forget = False
         self._marking = 0  # token under way
         self._full_since_s: float | None = None
@@ -115,6 +119,7 @@ class Pairing:
         if state.pair == Pair.COPY and len(self._starts) == len(owner.streams.by_node):
             state.limited, owner.streams.limit = False, None
             self.machine.go("started")
+            self._copy_again = True
             if state.end:
                 self.machine.go("copied")
         if state.start:
@@ -141,6 +146,24 @@ class Pairing:
     def holds(self) -> bool:
         """Batches wait: the STARTs are to be numbered first."""
         return self.machine.state is Step.STARTING
+
+    @property
+    def copies_here(self) -> bool:
+        """Volumes mode, and hop 2 alone was suspended: what it missed is copied from the intermediate's own volumes.
+
+        After a reform those are history: then the sources copy, as in journal mode.
+        """
+        return self.local_source and any(skip for _, skip in self._starts)
+
+    @property
+    def copying(self) -> bool:
+        """Between START and END, nothing else."""
+        return self.machine.state is Step.COPYING
+
+    @property
+    def ring_bytes(self) -> int:
+        """Of the journal, less the reserve."""
+        return self._ring_bytes
 
     @property
     def undrainable(self) -> bool:
@@ -227,7 +250,7 @@ class Pairing:
             )
         state = self._owner.state
         state.verify, state.initial = verify, initial or state.initial or (not state.at and state.pair == Pair.PSUE)
-        self._rate_bytes, self._forget = rate_bytes, forget
+        self.rate_bytes, self._forget = rate_bytes, forget
         return self._begin(now_s)
 
     def delete(self, now_s: float) -> list[Action]:
@@ -381,6 +404,7 @@ class Pairing:
         state.pair, state.numbering, state.auto, state.end, state.starts = int(Pair.COPY), True, False, 0, []
         self._starts = []
         self._copied.clear()
+        self._own_copied = False
         return [owner.save(self._stored)]
 
     def _stored(self, now_s: float) -> list[Action]:
@@ -409,24 +433,29 @@ class Pairing:
         for sender in owner.senders.by_node.values():
             if sender.live:
                 actions += self.tell_resync(sender)
-        return actions
+        return actions + self._copy_own()
+
+    def _copy_own(self) -> list[Action]:
+        return [CopyOwn(self._owner.state.start)] if self.copies_here else []
 
     def tell_resync(self, sender: Sender) -> list[Action]:
         """A primary, now or when it is back: the bits, and what to do with them."""
         state = self._owner.state
         if self.step not in UNDER_WAY:
             return []
+        # In volumes mode hop 2's own bits are copied from here.
+        bitmaps = {} if self._forget or self.copies_here else self.bitmaps
         epoch = state.epoch.number
         messages = [
             encode(
                 Message.BITMAP, epoch, volume=volume, block_bytes=bitmap.block_bytes, first_block=first, bits=bits
             )
-            for volume, bitmap in self.bitmaps.items() if self.owners.get(volume) == sender.node and not self._forget
+            for volume, bitmap in bitmaps.items() if self.owners.get(volume) == sender.node
             for first, bits in bitmap.pieces()
         ]  # fmt: skip
         messages.append(
             encode(
-                Message.RESYNC, epoch, id=state.start, verify=state.verify, rate_bytes=self._rate_bytes,
+                Message.RESYNC, epoch, id=state.start, verify=state.verify, rate_bytes=self.rate_bytes,
                 forget=self._forget,
             )
         )  # fmt: skip
@@ -434,11 +463,22 @@ class Pairing:
 
     def copied(self, sender: Sender, resync: int) -> list[Action]:
         """A primary has sent everything."""
-        owner, state = self._owner, self._owner.state
-        if self.step is not Step.COPYING or resync != state.start:
+        if self.step is not Step.COPYING or resync != self._owner.state.start:
             return []
         self._copied.add(sender.node)
-        if not set(owner.senders.by_node) - set(state.excluded) <= self._copied:
+        return self._all_copied()
+
+    def own_copied(self, resync: int) -> list[Action]:
+        """Volumes mode: what the hop-2 bitmaps say is copied from here."""
+        if self.step is not Step.COPYING or resync != self._owner.state.start:
+            return []
+        self._own_copied = True
+        return self._all_copied()
+
+    def _all_copied(self) -> list[Action]:
+        owner, state = self._owner, self._owner.state
+        away = set(owner.senders.by_node) - set(state.excluded) - self._copied
+        if away or (self.copies_here and not self._own_copied):
             return []
         self.machine.go("copied")
         actions: list[Action] = [
@@ -512,6 +552,7 @@ class Pairing:
         self._free_bytes, self._ring_bytes = free_bytes, ring_bytes
         self.high_water = free_bytes * 4 < ring_bytes
 
+    _copy_again = False
     _free_bytes = 1
     _ring_bytes = 1
 
@@ -524,6 +565,9 @@ class Pairing:
                 return self._fall_back(f"the intermediate is {owner.phase.value}")
             return []
         actions = self.progressed(now_s)
+        if self._copy_again:
+            self._copy_again = False
+            actions += self._copy_own()
         if self.step is Step.DRAINING and not owner.streams.all_ready:
             actions += self._suspend_hop2(Pair.PSUS, "split; a secondary went away")
         elif self.step in BEFORE_START and self._missing():
