@@ -66,6 +66,11 @@ class Node(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.directory / "control.sock"
 
     @property
+    def site(self) -> int:
+        """The direction of the group while this node is a source: 0 for a primary, 1 for a secondary."""
+        return int(self.role == "secondary")
+
+    @property
     def address(self) -> Address:
         """Where its peers dial; only for roles that listen."""
         assert self.listen is not None, f"node {self.name} does not listen"
@@ -173,6 +178,14 @@ class Definition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def lun_of(self, volume: Volume) -> int:
         """Its logical unit number: the same on every node; its place in the file, from 0, unless given."""
         return volume.lun if volume.lun is not None else self.volumes.index(volume)
+
+    def volumes_at(self, node: str) -> tuple[Volume, ...]:
+        """Those of which ``node`` keeps an image, at whichever end."""
+        return tuple(volume for volume in self.volumes if node in (volume.primary, volume.secondary))
+
+    def other_end(self, volume: Volume, node: str) -> Node:
+        """The node that keeps the other image of a replicated volume."""
+        return self.node(volume.primary if node == volume.secondary else volume.secondary)
 
     def volumes_of_primary(self, node: str) -> tuple[Volume, ...]:
         """Those whose P-VOL is at ``node``."""

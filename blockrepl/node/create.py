@@ -26,12 +26,16 @@ from blockrepl.storage.slots import Identity
 
 STATE_NAME = "state"
 JOURNAL_NAME = "journal"
-KINDS = {"primary": SlotKind.STATE, "intermediate": SlotKind.JOURNAL, "secondary": SlotKind.JOURNAL}
 
 
-def identity(definition: Definition, node: Node) -> Identity:
-    """Of a node's journal or state file."""
-    return Identity(definition.group_id.bytes, node.id, KINDS[node.role])
+def journal_identity(definition: Definition, node: Node) -> Identity:
+    """Of a node's journal."""
+    return Identity(definition.group_id.bytes, node.id, SlotKind.JOURNAL)
+
+
+def state_identity(definition: Definition, node: Node) -> Identity:
+    """Of a data node's state file: what it is as a source."""
+    return Identity(definition.group_id.bytes, node.id, SlotKind.STATE)
 
 
 def image_identity(definition: Definition, volume: Volume, node: Node, side: Side) -> ImageIdentity:
@@ -48,10 +52,18 @@ def image_path(node: Node, volume: Volume) -> Path:
 
 def images_of(definition: Definition, node: Node) -> list[tuple[Volume, Side]]:
     """The images that belong on a node."""
-    if node.role == "primary":
-        return [(volume, Side.PRIMARY) for volume in definition.volumes_of_primary(node.name)]
-    if node.role == "secondary":
-        return [(volume, Side.SECONDARY) for volume in definition.volumes_of_secondary(node.name)]
+    return [
+        (volume, Side.PRIMARY if volume.primary == node.name else Side.SECONDARY)
+        for volume in definition.volumes_at(node.name)
+    ]
+
+
+def state_files(definition: Definition, node: Node) -> list[Path]:
+    """What a node keeps beside its images; a node with plain volumes only needs nothing."""
+    if node.role == "intermediate":
+        return [node.directory / JOURNAL_NAME]
+    if any(volume.replicated for volume in definition.volumes_at(node.name)):
+        return [node.directory / STATE_NAME, node.directory / JOURNAL_NAME]
     return []
 
 
@@ -64,9 +76,10 @@ def create(definition: Definition, node: Node) -> None:
         node.directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"cannot make {node.directory}: {error.strerror}") from error
-    main = node.directory / (STATE_NAME if node.role == "primary" else JOURNAL_NAME)
-    if main.exists():
-        raise UsageError(f"{main} exists already", hint="`blockrepl create` never overwrites; move it away first")
+    wanted = state_files(definition, node)
+    for path in wanted:
+        if path.exists():
+            raise UsageError(f"{path} exists already", hint="`blockrepl create` never overwrites; move it away first")
     made: list[Path] = []
     try:
         for volume in bitmapped(definition, node):
@@ -78,7 +91,9 @@ def create(definition: Definition, node: Node) -> None:
             existed = path.exists()
             if ImageFile.create(path, image_identity(definition, volume, node, side)):
                 made += [identity_path(path)] if existed else [path, identity_path(path)]
-        _create_main(definition, node, main)
+        for path in wanted:
+            _create_state(definition, node, path)
+            made.append(path)
     except BaseException:
         for path in made:
             with contextlib.suppress(OSError):
@@ -86,11 +101,14 @@ def create(definition: Definition, node: Node) -> None:
         raise
 
 
-def _create_main(definition: Definition, node: Node, path: Path) -> None:
-    who = identity(definition, node)
-    if node.role == "primary":
-        SlotFile.create(path, who, encode_primary(PrimaryState()))
+def _create_state(definition: Definition, node: Node, path: Path) -> None:
+    group = definition.group
+    if path.name == STATE_NAME:
+        SlotFile.create(path, state_identity(definition, node), encode_primary(PrimaryState()))
     elif node.role == "intermediate":
-        JournalFile.create(path, who, int(definition.group.journal), encode_intermediate(IntermediateState()))
+        state = encode_intermediate(IntermediateState())
+        JournalFile.create(path, journal_identity(definition, node), int(group.journal), state)
     else:
-        JournalFile.create(path, who, int(definition.group.secondary_journal), encode_secondary(SecondaryState()))
+        source = node.role == "primary"
+        state = encode_secondary(SecondaryState(active=source, writable=source))
+        JournalFile.create(path, journal_identity(definition, node), int(group.secondary_journal), state)

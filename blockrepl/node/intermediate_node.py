@@ -16,7 +16,7 @@ from blockrepl.node.asyncio_ports import log_event
 from blockrepl.node.base import NodeBase, epoch_json, policy_of, save_last
 from blockrepl.node.bitmaps import NodeBitmaps
 from blockrepl.node.control import Handler, Progress
-from blockrepl.node.create import JOURNAL_NAME, identity
+from blockrepl.node.create import JOURNAL_NAME, journal_identity
 from blockrepl.node.intermediate_host import IntermediateHost
 from blockrepl.node.journal_reading import JournalReading
 from blockrepl.node.lag import LagMeter
@@ -47,7 +47,7 @@ class IntermediateNode(NodeBase):
         definition, node = self.definition, self.node
         reading = JournalReading()
         journal = JournalFile.open(
-            node.directory / JOURNAL_NAME, identity(definition, node), reading.check, self.disk,
+            node.directory / JOURNAL_NAME, journal_identity(definition, node), reading.check, self.disk,
             int(definition.group.journal),
         )  # fmt: skip
         state = decode_intermediate(journal.recovered.state)

@@ -28,18 +28,14 @@ def make_node(definition: Definition, name: str, *, alone: bool) -> NodeBase:
         # Before any thread is started: they inherit it. Without the privilege it works too, but for a machine that is
         # short of memory.
         mark_io_flusher()
-    # Each role's modules are loaded by the nodes of that role only: a restart is a recovery, and that counts.
-    if node.role == "primary":
-        from blockrepl.node.primary_node import PrimaryNode
-
-        return PrimaryNode(definition, node)
+    # A role's modules are loaded by its own nodes only: a restart is a recovery, and that counts.
     if node.role == "intermediate":
         from blockrepl.node.intermediate_node import IntermediateNode
 
         return IntermediateNode(definition, node, alone=alone)
-    from blockrepl.node.secondary_node import SecondaryNode
+    from blockrepl.node.data_node import DataNode
 
-    return SecondaryNode(definition, node)
+    return DataNode(definition, node)
 
 
 def fail_stop(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The processes of a group in the simulator: as `node.*_node`, without asyncio. They recover, dial, listen, tick."""
+"""The processes of a group in the simulator: as `node` has them, without asyncio. They recover, dial, listen, tick."""
 
 from __future__ import annotations
 
@@ -332,7 +332,7 @@ class SimDialler:
 
 
 class PrimaryProcess(Process):
-    """As `node.primary_node`."""
+    """As `node.source`."""
 
     host: PrimaryHost
 
@@ -482,7 +482,7 @@ class WatchedSecondaryHost(SecondaryHost):
 
 
 class SecondaryProcess(Process):
-    """As `node.secondary_node`."""
+    """As `node.target`, with takeovers as `node.data_node` runs them."""
 
     host: SecondaryHost
     opener: Opener | None = None

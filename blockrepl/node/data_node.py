@@ -1,0 +1,240 @@
+"""A data node as a process: it keeps one image of each of its volumes, and is a source or a target of the copy.
+
+Either way it has a journal and a secondary role, which owns its epochs. While that role is ACTIVE the node is a source:
+a primary role serves its volumes. Which it is changes in a running process: at a takeover, and when the group is formed
+anew (ARCHITECTURE.md, "Pair life").
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import Any
+
+from blockrepl.chunks import Chunk
+from blockrepl.definition import Definition, Node
+from blockrepl.errors import ProtocolError, UsageError
+from blockrepl.node.base import NodeBase, volume_argument
+from blockrepl.node.control import Handler, Progress
+from blockrepl.node.create import STATE_NAME, image_identity, image_path, images_of, state_identity
+from blockrepl.node.data_status import source_pair, source_status, target_pair, target_status
+from blockrepl.node.exports import Exports
+from blockrepl.node.links import Listener
+from blockrepl.node.source import Source
+from blockrepl.node.takeover_run import TakeoverRun
+from blockrepl.node.target import Target
+from blockrepl.node.verify_run import VerifyRun
+from blockrepl.replication import primary, secondary
+from blockrepl.storage.image import ImageFile
+from blockrepl.storage.plain import PlainVolume
+from blockrepl.storage.slot_file import SlotFile
+
+
+class DataNode(NodeBase):
+    """Keeps images: serves those of a source, and plain volumes (SMPL) that have no secondary."""
+
+    def __init__(self, definition: Definition, node: Node) -> None:
+        super().__init__(definition, node)
+        self.links.router = self
+        self.exports = Exports(definition, node, self.pool)
+        self._volumes = definition.volumes_at(node.name)
+        self._paired = [volume for volume in self._volumes if volume.replicated]
+        self._images = {
+            volume.id: ImageFile.open(image_path(node, volume), image_identity(definition, volume, node, side))
+            for volume, side in images_of(definition, node)
+        }
+        self.target: Target | None = None
+        self.source: Source | None = None
+        self._verify_run: VerifyRun | None = None
+        self._listener = Listener(self.links)
+        self._takeover: TakeoverRun | None = None
+        if self._paired:
+            self._state_file = SlotFile.open(node.directory / STATE_NAME, state_identity(definition, node))
+            self.target = Target(self, {volume.id: self._images[volume.id] for volume in self._paired})
+            self.target.host.on_active = self._activated
+            if self._active and node.role == "primary":
+                self._become_source()
+
+    @property
+    def _active(self) -> bool:
+        return self.target is not None and self.target.host.role.state.active
+
+    def _become_source(self) -> None:
+        self.source = Source(self, self.exports, self._paired, self._images, self._state_file)
+        self._verify_run = VerifyRun(self.source.host)
+
+    # life
+
+    async def open(self) -> None:
+        for volume in self._volumes:
+            if not volume.replicated:
+                self.exports.volumes[volume.name] = PlainVolume(volume.name, self._images[volume.id], self.disk)
+        if self.target is not None:
+            self._listen()
+            self.target.host.start()
+        if self.source is not None:
+            self.source.start()
+        await self.exports.listen()
+
+    def _listen(self) -> None:
+        address = self.node.listen
+        if address is None:
+            return
+        try:
+            self._listener.listen(address.host, address.port)
+        except OSError as error:
+            raise UsageError(f"cannot listen on {address}: {error.strerror}", hint="is the port taken?") from error
+
+    async def close(self) -> None:
+        self._listener.close()
+        await self.exports.close()
+        if self.source is not None:
+            await self.source.close()
+        self.links.close_all()
+        if self.target is not None:
+            await self.target.close()
+        for image in self._images.values():
+            await asyncio.to_thread(image.fdatasync)
+
+    def tick(self) -> None:
+        if self.target is not None:
+            self.target.host.tick()
+        if self.source is not None:
+            self.source.tick()
+        if self._takeover is not None:
+            self._takeover.tick()
+
+    def _activated(self) -> None:
+        """Taken over: hosts may use the S-VOLs."""
+        if self.source is not None:
+            return
+        assert self.target is not None
+        writable = self.target.host.role.state.writable
+        for volume in self._paired:
+            self.exports.volumes[volume.name] = PlainVolume(
+                volume.name, self._images[volume.id], self.disk, writable=writable
+            )
+
+    # links
+
+    def accepted(self, link: int, fields: dict[str, Any]) -> None:
+        """See `links.Router`."""
+        if self.target is None:
+            raise ProtocolError("this node has no pair")
+        self.target.accepted(link, fields)
+
+    def message(self, link: int, kind: int, fields: dict[str, Any], epoch: int) -> None:
+        """See `links.Router`."""
+        if self.source is not None and self.source.owns(link):
+            self.source.message(link, kind, fields)
+        elif self._takeover is not None and self._takeover.owns(link):
+            self._takeover.message(link, kind, fields)
+        elif self.target is not None:
+            self.target.message(link, kind, fields, epoch)
+
+    def bulk(self, link: int, kind: int, epoch: int, chunk: Chunk, start: int, end: int) -> None:
+        """See `links.Router`."""
+        if self.source is not None and self.source.owns(link):
+            self.source.bulk(link, kind, chunk, start, end)
+        elif self.target is not None:
+            self.target.bulk(link, kind, epoch, chunk, start, end)
+
+    def lost(self, link: int) -> None:
+        """See `links.Router`."""
+        if self.source is not None and self.source.owns(link):
+            self.source.lost(link)
+        elif self._takeover is not None and self._takeover.owns(link):
+            self._takeover.lost(link)
+        elif self.target is not None:
+            self.target.host.lost(link)
+
+    def settle(self) -> None:
+        """See `links.Router`."""
+        if self.source is not None:
+            self.source.host.settle()
+        if self.target is not None:
+            self.target.host.settle()
+
+    # control
+
+    def handlers(self) -> dict[str, Handler]:
+        return {**self.exports.handlers(), "takeover": self._take_over, "verify": self._verify}
+
+    async def _take_over(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        if self.target is None or self.source is not None:
+            raise UsageError(
+                f"{self.node.name} is no secondary now: its volumes are the source of the copy",
+                hint="run takeover at the other site: see `blockrepl status`",
+            )
+        if self._takeover is not None:
+            raise UsageError("a takeover is under way here", hint="wait for it")
+        self._takeover = TakeoverRun(self.definition, self.node, self.links, self.clock, progress)
+        try:
+            return await self._takeover.run(
+                dry_run=bool(args.get("dry_run")),
+                force=bool(args.get("force")),
+                writable=not args.get("read_only"),
+                new_id=lambda: os.urandom(16),
+            )
+        finally:
+            self._takeover = None
+
+    async def _verify(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        if self._verify_run is None:
+            raise UsageError(f"{self.node.name} is not the source of a copy", hint="see: blockrepl status")
+        name = volume_argument(args, [volume.name for volume in self._paired])
+        return await self._verify_run.run(self.definition.volume(name), progress)
+
+    # status
+
+    def status(self) -> dict[str, Any]:
+        pair, shown = "SMPL", self._role_status()
+        if self.source is not None:
+            pair = source_pair(self.source.host.role)
+        elif self.target is not None:
+            pair = target_pair(self.target.host.role)
+        role = "S-VOL" if self.source is None and self.target is not None else "P-VOL"
+        return {
+            **shown,
+            "ready": self._ready(),
+            "volumes": [
+                {
+                    "name": volume.name, "id": volume.id, "size_bytes": volume.size_bytes,
+                    "role": role if volume.replicated else "P-VOL", "state": pair if volume.replicated else "SMPL",
+                    **self.exports.entry(volume.name),
+                }
+                for volume in self._volumes
+            ],
+            "peers": [{"node": self.definition.intermediate.name, "connected": self._connected()}]
+            if self._paired
+            else [],
+            "journal": self._journal(),
+            "sessions": self.exports.sessions(),
+        }  # fmt: skip
+
+    def _role_status(self) -> dict[str, Any]:
+        if self.source is not None:
+            return source_status(self.source.host.role)
+        if self.target is not None:
+            return target_status(self.target.host.role)
+        return {"state": "serving", "reason": "", "epoch": None, "promised": None, "watermarks": {}}
+
+    def _ready(self) -> bool:
+        if self.source is not None:
+            # A role that is live exports at the next tick: until then hosts would be turned away.
+            live = self.source.host.role.phase is primary.Phase.LIVE
+            return live and len(self.exports.volumes) == len(self._volumes)
+        if self.target is not None:
+            return self.target.host.role.phase is not secondary.Phase.FAILED
+        return len(self.exports.volumes) == len(self._volumes)
+
+    def _connected(self) -> bool:
+        if self.source is not None:
+            return bool(self.source.host.role.link)
+        return self.target is not None and bool(self.target.host.role.link)
+
+    def _journal(self) -> dict[str, Any] | None:
+        if self.target is None:
+            return None
+        journal = self.target.host.journal.journal
+        return {"size_bytes": journal.ring_bytes, "used_bytes": journal.used_bytes}

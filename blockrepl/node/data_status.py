@@ -1,0 +1,54 @@
+"""What data nodes say of themselves; docs/status.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from blockrepl.node.base import epoch_json
+from blockrepl.replication import primary, secondary
+from blockrepl.replication.primary import Primary
+from blockrepl.replication.secondary import Secondary
+
+TARGET_PAIRS = {secondary.Phase.ACTIVE: "SSWS", secondary.Phase.FOLLOWING: "PAIR"}
+
+
+def source_pair(role: Primary) -> str:
+    """Of the volumes of a primary role."""
+    return "PAIR" if role.phase is primary.Phase.LIVE else "PSUE"
+
+
+def source_status(role: Primary) -> dict[str, Any]:
+    """Of a data node whose volumes are copied from."""
+    return {
+        "state": role.phase.value,
+        "reason": role.why_held(),
+        "epoch": epoch_json(role.state.epoch),
+        "promised": epoch_json(role.state.promised),
+        "incarnation": role.state.incarnation,
+        "watermarks": {
+            "numbered": role.acked, "durable": role.acked, "sent": None, "prepared": None,
+            "validated": role.validated, "applied": None, "checkpoint": role.state.checkpoint,
+        },
+        "pending": {"batches": len(role.queue), "bytes": role.queue.size_bytes},
+    }  # fmt: skip
+
+
+def target_pair(role: Secondary) -> str:
+    """Of the volumes of a secondary role."""
+    pair = TARGET_PAIRS.get(role.phase, "PSUE")
+    return "PSUE" if pair == "PAIR" and not role.link else pair
+
+
+def target_status(role: Secondary) -> dict[str, Any]:
+    """Of a data node that is copied to."""
+    return {
+        "state": role.phase.value,
+        "reason": role.reason,
+        "epoch": epoch_json(role.state.epoch),
+        "promised": epoch_json(role.state.promised),
+        "watermarks": {
+            "numbered": role.numbered_seen, "durable": max(role.state.held, role.state.prepared), "sent": None,
+            "prepared": role.state.prepared, "validated": role.validated, "applied": role.applied,
+            "checkpoint": role.state.applied,
+        },
+    }  # fmt: skip

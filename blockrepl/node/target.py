@@ -1,0 +1,67 @@
+"""What every data node of a pair has: a journal, and the secondary role that owns its epochs. It takes links."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from blockrepl.chunks import Chunk
+from blockrepl.errors import ProtocolError
+from blockrepl.formats.link import Message
+from blockrepl.formats.state import decode_secondary, encode_secondary
+from blockrepl.node.asyncio_ports import log_event
+from blockrepl.node.base import NodeBase, policy_of, save_last
+from blockrepl.node.create import JOURNAL_NAME, journal_identity
+from blockrepl.node.journal_reading import JournalReading
+from blockrepl.node.secondary_host import SecondaryHost
+from blockrepl.replication.secondary import Secondary
+from blockrepl.storage.image import ImageFile
+from blockrepl.storage.journal_file import JournalFile
+
+
+class Target:
+    """The secondary half of a data node. ``images``: by volume id, of the volumes that have a pair."""
+
+    def __init__(self, owner: NodeBase, images: Mapping[int, ImageFile]) -> None:
+        self._owner = owner
+        definition, node = owner.definition, owner.node
+        reading = JournalReading()
+        journal = JournalFile.open(
+            node.directory / JOURNAL_NAME, journal_identity(definition, node), reading.check, owner.disk,
+            int(definition.group.secondary_journal),
+        )  # fmt: skip
+        role = Secondary(
+            group=definition.group_id.bytes,
+            node=node.id,
+            name=node.name,
+            intermediate=definition.intermediate.id,
+            peers=[each.id for each in definition.nodes if each.role != "intermediate"],
+            state=decode_secondary(journal.recovered.state),
+            policy=policy_of(definition),
+        )
+        held = reading.tell_secondary(role, journal.journal)
+        text = f"journal recovered: {len(reading.heads)} records, holds {role.held}, {len(held)} to apply"
+        log_event(text, {})
+        self.host = SecondaryHost(
+            role, journal, held, images, owner.disk, owner.links, owner.clock, owner.workers, log_event
+        )  # fmt: skip
+
+    async def close(self) -> None:
+        """A clean end."""
+        await save_last(self.host.journal, encode_secondary(self.host.role.durable_state()))
+
+    # links
+
+    def accepted(self, link: int, fields: dict[str, Any]) -> None:
+        """HELLO of an intermediate or an opener."""
+        self.host.perform(self.host.role.accepted(link, fields, self._owner.clock.now_s()))
+
+    def message(self, link: int, kind: int, fields: dict[str, Any], epoch: int) -> None:
+        """A control message. Raises ProtocolError."""
+        self.host.perform(self.host.role.received_message(link, kind, fields, epoch, self._owner.clock.now_s()))
+
+    def bulk(self, link: int, kind: int, epoch: int, chunk: Chunk, start: int, end: int) -> None:
+        """A record. Raises ProtocolError."""
+        if kind != Message.RECORD:
+            raise ProtocolError("BATCH does not belong on hop 2")
+        self.host.record(link, epoch, chunk, start, end)
