@@ -157,6 +157,8 @@ def test_the_journal_of_another_node_is_not_mistaken_for_this_one(disk: Disk, gr
     assert run("journal", group.path, "--node", "s1").code == 22
 
 
-def test_a_primary_has_no_journal(group: FakeGroup, run: Run) -> None:
+def test_a_node_with_plain_volumes_only_has_no_journal(group: FakeGroup, run: Run) -> None:
+    text = group.path.read_text()
+    group.path.write_text(text.replace('primary = "p1"\nsecondary = "s1"', 'primary = "p1"\nsecondary = "none"'))
     result = run("journal", group.path, "--node", "p1")
-    assert (result.code, result.err.splitlines()[1]) == (2, "hint: journals are at i1, s1, s2")
+    assert (result.code, result.err.splitlines()[1]) == (2, "hint: journals are at p2, i1, s2")
