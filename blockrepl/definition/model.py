@@ -140,12 +140,16 @@ class Definition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return tuple(node for node in self.nodes if node.role == "secondary")
 
     def sources(self, direction: int) -> tuple[Node, ...]:
-        """The nodes whose volumes are copied from: the primaries, or the secondaries when the group is swapped (1)."""
-        return self.secondaries if direction else self.primaries
+        """The nodes that are copied from: primaries with a pair, or secondaries with one when it is swapped (1)."""
+        return tuple(self.node(name) for name in self._ends(direction))
 
     def targets(self, direction: int) -> tuple[Node, ...]:
         """The nodes that are copied to."""
-        return self.primaries if direction else self.secondaries
+        return self.sources(1 - direction)
+
+    def _ends(self, site: int) -> list[str]:
+        ends = {volume.secondary if site else volume.primary for volume in self.volumes if volume.replicated}
+        return [node.name for node in self.nodes if node.name in ends]
 
     def owners(self, direction: int) -> dict[int, int]:
         """Replicated volume → the source that serves it, by ids."""
@@ -183,9 +187,9 @@ class Definition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Those of which ``node`` keeps an image, at whichever end."""
         return tuple(volume for volume in self.volumes if node in (volume.primary, volume.secondary))
 
-    def other_end(self, volume: Volume, node: str) -> Node:
-        """The node that keeps the other image of a replicated volume."""
-        return self.node(volume.primary if node == volume.secondary else volume.secondary)
+    def end(self, volume: Volume, site: int) -> Node:
+        """The node of a site that keeps the volume; 0 is the site of the primaries."""
+        return self.node(volume.secondary if site else volume.primary)
 
     def volumes_of_primary(self, node: str) -> tuple[Volume, ...]:
         """Those whose P-VOL is at ``node``."""

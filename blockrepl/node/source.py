@@ -51,7 +51,7 @@ class Source:
             node=node.id,
             name=node.name,
             intermediate=definition.intermediate.id,
-            streams={volume.id: definition.other_end(volume, node.name).id for volume in self.volumes},
+            streams={volume.id: definition.end(volume, 1 - node.site).id for volume in self.volumes},
             state=state,
             policy=policy_of(definition),
         )

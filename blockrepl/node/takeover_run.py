@@ -37,13 +37,14 @@ class TakeoverRun:
     async def run(self, *, dry_run: bool, force: bool, writable: bool, new_id: Callable[[], bytes]) -> dict[str, Any]:
         """Returns the report as the control protocol has it. Raises UsageError when the takeover fails."""
         definition = self._definition
+        targets = definition.targets(1 - self._node.site)
         self._role = Takeover(
             group=definition.group_id.bytes, node=self._node.id, name=self._node.name,
-            intermediate=definition.intermediate.id, secondaries=[each.id for each in definition.secondaries],
+            intermediate=definition.intermediate.id, secondaries=[each.id for each in targets],
             names={each.id: each.name for each in definition.nodes}, new_id=new_id, now_s=self._clock.now_s(),
             dry_run=dry_run, force=force, writable=writable,
         )  # fmt: skip
-        peers = [definition.intermediate, *definition.secondaries]
+        peers = [definition.intermediate, *targets]
         dials = [asyncio.create_task(self._dial(peer)) for peer in peers]
         try:
             await self._finished.wait()
@@ -98,6 +99,7 @@ class TakeoverRun:
         definition = self._definition
         names = {each.id: each.name for each in definition.nodes}
         members = {names[member] for member in report.members}
+        ends = [(volume, definition.end(volume, self._node.site)) for volume in definition.volumes if volume.replicated]
         return {
             "schema": 1,
             "group": definition.name,
@@ -112,10 +114,10 @@ class TakeoverRun:
             "missing": [names[node] for node in report.missing],
             "volumes": [
                 {
-                    "name": volume.name, "node": volume.secondary, "writable": started_writable,
-                    "image": str(image_path(definition.node(volume.secondary), volume)),
+                    "name": volume.name, "node": end.name, "writable": started_writable,
+                    "image": str(image_path(end, volume)),
                 }
-                for volume in definition.volumes
-                if volume.replicated and volume.secondary in members
+                for volume, end in ends
+                if end.name in members
             ],
         }  # fmt: skip
