@@ -50,6 +50,11 @@ class Answers:
         self._words: list[int] = []
         self._data: list[Sequence[Buffer]] = []  # of each header in _words
 
+    @property
+    def window_closed(self) -> bool:
+        """No command may come but immediate ones."""
+        return self.exp_cmd_sn == self.max_cmd_sn + 1 & MASK
+
     # one PDU of a rarer kind
 
     def numbered(

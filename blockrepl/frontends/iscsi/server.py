@@ -244,14 +244,16 @@ class IscsiServer:
                 session.event(event)
 
     def _addresses(self, local_host: str, local_port: int) -> list[tuple[str, int]]:
-        """Where the target can be reached by someone who reached this address, that one first."""
-        found = [(_address(local_host, local_port), self._target.portal_group)]
+        """Where the target can be reached by someone who reached this address: that one last, for libiscsi
+        takes them from the end."""
+        own = (_address(local_host, local_port), self._target.portal_group)
+        found = [own]
         for host, port, tag in self._portals:
             if _is_any(host) or (_is_loopback(host) and not _is_loopback(local_host)):
                 continue
             entry = (_address(host, port), tag)
             if entry not in found:
-                found.append(entry)
+                found.insert(-1, entry)
         return found
 
 

@@ -157,12 +157,13 @@ class Session:
         buffer, view = chunk.buffer, chunk.view
         unpack, answers, active, ready = SCSI_COMMAND.unpack_from, self._answers, self._active, self._ready
         begins, nexus, done, luns = self._transfers.begins, self.nexus, self._done, LUNS
+        closed = answers.max_cmd_sn + 1 & MASK
         for pdu in pdus:
             at, data_at, data_end, intact = pdu
             if buffer[at] == _COMMAND and intact and nexus is not None:
                 _, flags, _, lengths, lun, tag, expected, cmd_sn, _, cdb = unpack(buffer, at)
                 kind = flags & _KIND
-                if cmd_sn == answers.exp_cmd_sn and tag not in active and tag != NO_TAG and lengths < 1 << 24:
+                if cmd_sn == answers.exp_cmd_sn != closed and tag not in active and tag != NO_TAG and lengths < 1 << 24:
                     task = None
                     if kind == _PLAIN_READ:
                         if not lengths:
@@ -222,7 +223,7 @@ class Session:
         immediate = bool(opcode & IMMEDIATE)
         if not immediate and not (kind == Opcode.NOP_OUT and header[16:20] == b"\xff\xff\xff\xff"):
             cmd_sn = int.from_bytes(header[24:28], "big")
-            if cmd_sn != self._answers.exp_cmd_sn:
+            if cmd_sn != self._answers.exp_cmd_sn or self._answers.window_closed:
                 self._out_of_turn(cmd_sn, chunk, pdu)
                 return
             self._answers.exp_cmd_sn = cmd_sn + 1 & MASK
@@ -236,9 +237,8 @@ class Session:
     def _out_of_turn(self, cmd_sn: int, chunk: Chunk, pdu: Pdu) -> None:
         """Outside the window, or there already: ignored (4.2.2.1). Else it waits."""
         answers = self._answers
-        if cmd_sn - answers.exp_cmd_sn & MASK > answers.max_cmd_sn - answers.exp_cmd_sn & MASK:
-            return
-        if answers.max_cmd_sn - answers.exp_cmd_sn & MASK == MASK or cmd_sn in self._early:  # a closed window
+        ahead = cmd_sn - answers.exp_cmd_sn & MASK
+        if answers.window_closed or ahead > answers.max_cmd_sn - answers.exp_cmd_sn & MASK or cmd_sn in self._early:
             return
         own = Chunk(pdu.data_end - pdu.at, None)
         own.view[:] = chunk.view[pdu.at : pdu.data_end]
@@ -248,7 +248,7 @@ class Session:
         """Consider a command that is on its way received (11.6.1); False when it cannot be."""
         answers = self._answers
         ahead = cmd_sn - answers.exp_cmd_sn & MASK
-        if ahead > answers.max_cmd_sn - answers.exp_cmd_sn & MASK or ahead > MASK >> 1:
+        if answers.window_closed or ahead > answers.max_cmd_sn - answers.exp_cmd_sn & MASK:
             return False
         self._early[cmd_sn] = None
         return True
