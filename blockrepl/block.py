@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from enum import IntEnum, IntFlag
 
-from blockrepl.chunks import Chunk
+from blockrepl.chunks import Releasable
 from blockrepl.errors import BlockError
 
 Buffer = bytes | bytearray | memoryview
@@ -23,6 +23,11 @@ class Op(IntEnum):
     WRITE = 1
     ZERO = 2  # write zeroes
     TRIM = 3  # "zero, may deallocate": reads as zeroes on every copy (PROTOCOL, rule 5)
+    # 4 is a digest (`formats.record`)
+    METADATA = 5  # replaces what front ends keep with the volume: a batch of its own, offset 0, not data
+
+
+MAX_METADATA_BYTES = 1 << 16
 
 
 class WriteFlag(IntFlag):
@@ -36,8 +41,8 @@ class WriteFlag(IntFlag):
 class WriteBatch:
     """Writes, zeroes and trims that came together, in the order in which they are to win.
 
-    Columns of one length; index i is one command. ``payloads[i]`` is a view for WRITE and None otherwise. The views
-    look into ``chunk``, of which the batch is a user: whoever completes the batch releases it.
+    Columns of one length; index i is one command. ``payloads[i]`` is a view for WRITE and METADATA, and None
+    otherwise. The views look into ``chunk``, of which the batch is a user: whoever completes the batch releases it.
 
     ``done(batch)`` is called once, on the event loop, when `Volume.submit` returned False. ``errors`` is then None
     (all well) or one entry per command, None where that command is well.
@@ -47,7 +52,7 @@ class WriteBatch:
         "chunk", "cookies", "done", "errors", "flags", "fua", "lengths", "offsets", "ops", "payloads", "size_bytes",
     )  # fmt: skip
 
-    def __init__(self, done: Callable[[WriteBatch], None], chunk: Chunk | None = None) -> None:
+    def __init__(self, done: Callable[[WriteBatch], None], chunk: Releasable | None = None) -> None:
         self.ops: list[int] = []
         self.offsets: list[int] = []
         self.lengths: list[int] = []
@@ -87,6 +92,7 @@ class Volume(ABC):
     block_size_bytes: int
     writable: bool
     max_write_bytes: int = 32 << 20  # of one command's payload; zeroes and trims may be longer
+    atomic_bytes: int = 0  # a write up to this survives a crash whole or not at all
 
     @abstractmethod
     def submit(self, batch: WriteBatch) -> bool:
@@ -120,3 +126,7 @@ class Volume(ABC):
     def allocation(self, offset_bytes: int, length_bytes: int) -> list[tuple[int, int, bool]] | None:
         """Extents as (offset, length, is_data) that cover the range, or None when unknown (all data)."""
         return None
+
+    def metadata(self) -> bytes:
+        """What the last METADATA that completed stored; b"" when there was none. Small: may be read on the loop."""
+        return b""

@@ -13,10 +13,18 @@ each, do not hold a thousand chunks; and the memory stays warm in the cache.
 from __future__ import annotations
 
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
+from typing import Protocol
 
 CHUNK_BYTES = 1 << 18
 LAZY_BYTES = 1 << 19  # from here on memory comes when bytes do: announcing 32 MiB costs nothing, zeroing them 30 ms
 ROOM_BYTES = 1 << 16  # less room than this, and the current chunk is replaced
+
+
+class Releasable(Protocol):
+    """What a user holds: a chunk, or several at once."""
+
+    def release(self) -> None:
+        """One user less."""
 
 
 class Chunk:

@@ -74,7 +74,7 @@ assert ENTRY.size == ENTRY_BYTES
 _CRC = struct.Struct(">I")
 _EMPTY_PART = bytes(HEADER_BYTES - PRIMARY_PART_BYTES)
 OP_CONTROL = 6  # the one entry of a START or END
-_WRITE, _OTHERS = int(Op.WRITE), (int(Op.ZERO), int(Op.TRIM), OP_CONTROL)
+_WITH_PAYLOAD, _OTHERS = (int(Op.WRITE), int(Op.METADATA)), (int(Op.ZERO), int(Op.TRIM), OP_CONTROL)
 OP_DIGEST = 4  # an entry whose payload is a digest of the block at this number (PROTOCOL, rule 19)
 
 
@@ -250,9 +250,9 @@ def _check_body(head: RecordHead, view: memoryview, error: type[ProtocolError] |
     if crc32c(view[HEADER_BYTES:], crc32c(view[: PRIMARY_PART_BYTES - 4])) != head.body_crc:
         raise error(f"record body of batch {head.batch} from node {head.sender}: wrong checksum")
     payload = 0
-    write, others = _WRITE, _OTHERS
+    with_payload, others = _WITH_PAYLOAD, _OTHERS
     for _, op, _, _, _, length in ENTRY.iter_unpack(view[HEADER_BYTES : HEADER_BYTES + head.count * ENTRY_BYTES]):
-        if op == write:
+        if op in with_payload:
             payload += length
         elif op == OP_DIGEST:
             payload += DIGEST_BYTES
@@ -278,7 +278,7 @@ def iterate_entries(head: RecordHead, view: memoryview) -> Iterator[Entry]:
     table_end = HEADER_BYTES + head.count * ENTRY_BYTES
     position = table_end
     for volume, op, flags, _, offset, length in ENTRY.iter_unpack(view[HEADER_BYTES:table_end]):
-        if op == Op.WRITE:
+        if op in _WITH_PAYLOAD:
             end = position + length
         elif op == OP_DIGEST:
             end = position + DIGEST_BYTES

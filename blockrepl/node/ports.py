@@ -68,6 +68,12 @@ class Image(Protocol):
     def trim(self, offset_bytes: int, length_bytes: int) -> None:
         """Reads as zeroes afterwards; gives its space back."""
 
+    def metadata(self) -> bytes:
+        """What `set_metadata` stored last; b"" for nothing."""
+
+    def set_metadata(self, data: bytes | memoryview) -> None:
+        """Replace the metadata, durably, whole or not at all."""
+
     def read_cached(self, offset_bytes: int, view: memoryview) -> bool:
         """Fill from the page cache only; False when it is not all there."""
 

@@ -27,6 +27,8 @@ from blockrepl.replication.actions import (
 )
 from blockrepl.replication.primary import Phase, Primary
 
+MAX_ATOMIC_BYTES = 1 << 20
+
 SaveBlob = Callable[[bytes, Callable[[], None]], None]
 """Write a state blob durably, then call back on the loop; raises StorageError."""
 
@@ -193,6 +195,7 @@ class PrimaryVolume(Volume):
         self.size_bytes = image.size_bytes
         self.block_size_bytes = block_size_bytes
         self.max_write_bytes = max_write_bytes
+        self.atomic_bytes = min(MAX_ATOMIC_BYTES, max_write_bytes)  # a record is stored, and replayed, whole
         self.writable = True
         self._host = host
         self._id = volume_id
@@ -247,6 +250,9 @@ class PrimaryVolume(Volume):
 
     def when_relieved(self, resume: Callable[[], None]) -> None:
         self._host.when_relieved(resume)
+
+    def metadata(self) -> bytes:
+        return self._image.metadata()
 
     def allocation(self, offset_bytes: int, length_bytes: int) -> list[tuple[int, int, bool]] | None:
         try:

@@ -8,7 +8,7 @@ from blockrepl.block import Op, WriteFlag
 from blockrepl.formats.record import ENTRY, ENTRY_BYTES, HEADER_BYTES, RecordHead
 from blockrepl.node.ports import Image
 
-_WRITE, _ZERO, _NO_HOLE = int(Op.WRITE), int(Op.ZERO), int(WriteFlag.NO_HOLE)
+_WRITE, _ZERO, _METADATA, _NO_HOLE = int(Op.WRITE), int(Op.ZERO), int(Op.METADATA), int(WriteFlag.NO_HOLE)
 
 
 def store_record(images: Mapping[int, Image], head: RecordHead, record: memoryview) -> set[int]:
@@ -33,6 +33,9 @@ def store_record(images: Mapping[int, Image], head: RecordHead, record: memoryvi
             position = end
         elif op == _ZERO:
             image.zero(offset, length, allocate=bool(flags & _NO_HOLE))
+        elif op == _METADATA:
+            image.set_metadata(record[position : position + length])
+            position += length
         else:
             image.trim(offset, length)
     return touched

@@ -21,7 +21,7 @@ from uuid import UUID
 import construct
 import crc32c
 
-from blockrepl.block import Op, WriteBatch, WriteFlag
+from blockrepl.block import MAX_METADATA_BYTES, Op, WriteBatch, WriteFlag
 from blockrepl.errors import (
     BlockError,
     DamagedError,
@@ -111,6 +111,11 @@ def identity_path(path: Path) -> Path:
     return path.with_name(path.name + ".id")
 
 
+def metadata_path(path: Path) -> Path:
+    """Where the metadata of the volume in the image at ``path`` lies."""
+    return path.with_name(path.name + ".meta")
+
+
 class ImageFile:
     """One open, locked image. Offsets and lengths in bytes, inside the image."""
 
@@ -144,6 +149,7 @@ class ImageFile:
                     _lock(fd, path, fcntl.LOCK_EX)
                     os.ftruncate(fd, identity.size_bytes)
                     os.fsync(fd)
+                    metadata_path(path).unlink(missing_ok=True)  # of an image that lay here once
                     _write_durably(identity_path(path), identity.pack())
                 finally:
                     os.close(fd)
@@ -209,6 +215,9 @@ class ImageFile:
 
         The hot loop: one system call per write, and nothing else that is not needed to know that it was well.
         """
+        if batch.ops[0] == Op.METADATA:
+            self._store_metadata(batch)
+            return
         fd = self.fd
         pwrite = os.pwrite
         columns = zip(batch.offsets, batch.lengths, batch.payloads, strict=True)
@@ -225,6 +234,27 @@ class ImageFile:
                 if batch.errors is None:
                     batch.errors = [None] * len(batch.offsets)
                 batch.errors[index] = block_error(error)
+
+    def _store_metadata(self, batch: WriteBatch) -> None:
+        assert len(batch) == 1
+        payload = batch.payloads[0]
+        assert payload is not None
+        try:
+            self.set_metadata(payload)
+        except OSError as error:
+            batch.errors = [block_error(error)]
+
+    def set_metadata(self, data: bytes | memoryview) -> None:
+        """Replace what front ends keep with the volume: durably, whole or not at all. Blocks. Raises OSError."""
+        assert len(data) <= MAX_METADATA_BYTES
+        _write_durably(metadata_path(self.path), data)
+
+    def metadata(self) -> bytes:
+        """What `set_metadata` stored last; b"" for nothing. Raises OSError."""
+        try:
+            return metadata_path(self.path).read_bytes()
+        except FileNotFoundError:
+            return b""
 
     def zero(self, offset_bytes: int, length_bytes: int, *, allocate: bool) -> None:
         """Make the range read as zeroes: allocated, or else as a hole. Raises OSError.
@@ -361,7 +391,7 @@ def _refuse_data(path: Path, identity: ImageIdentity) -> None:
         raise IdentityError(f"{path}: the image has {status.st_size} bytes, not {identity.size_bytes}")
 
 
-def _write_durably(path: Path, data: bytes) -> None:
+def _write_durably(path: Path, data: bytes | memoryview) -> None:
     """Put a small file in place whole or not at all, durably. Raises OSError."""
     temporary = path.with_name(path.name + ".new")
     try:

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
-from blockrepl.block import Volume, WriteBatch
+from blockrepl.block import Op, Volume, WriteBatch
 from blockrepl.errors import BlockError
 from blockrepl.storage.cold import ColdReads
 from blockrepl.storage.executor import DiskThread
@@ -63,7 +63,7 @@ class PlainVolume(Volume):
 
     def _needs_thread(self, batch: WriteBatch) -> bool:
         if batch.size_bytes == sum(batch.lengths):
-            return False
+            return Op.METADATA in batch.ops  # syncs
         return any(
             payload is None and length > LONG_ZERO_BYTES
             for payload, length in zip(batch.payloads, batch.lengths, strict=True)
@@ -149,6 +149,9 @@ class PlainVolume(Volume):
 
     def when_relieved(self, resume: Callable[[], None]) -> None:
         self._resume.append(resume)
+
+    def metadata(self) -> bytes:
+        return self._image.metadata()
 
     def allocation(self, offset_bytes: int, length_bytes: int) -> list[tuple[int, int, bool]] | None:
         try:

@@ -36,6 +36,7 @@ class SimFile:
         self.platter = bytearray(size_bytes)
         self.pending: list[tuple[int, int, bytes]] = []  # (serial, offset, data)
         self.serial = 0
+        self.metadata = b""  # beside it, always durable
         self._faults: dict[str, list[int]] = {}  # "write" or "sync" → [operations that still work, that fail, errno]
 
     def fail(self, kind: str, *, after: int = 0, times: int = 1, code: int = errno.EIO) -> None:
@@ -67,7 +68,7 @@ class SimFile:
         """Another file of the same content and fate."""
         other = SimFile(0)
         other.cache, other.platter = bytearray(self.cache), bytearray(self.platter)
-        other.pending, other.serial = list(self.pending), self.serial
+        other.pending, other.serial, other.metadata = list(self.pending), self.serial, self.metadata
         return other
 
     def write(self, offset: int, data: Buffer) -> None:
@@ -147,7 +148,10 @@ class SimImage:
             zip(batch.offsets, batch.lengths, batch.payloads, strict=True)
         ):
             try:
-                if payload is None:
+                if batch.ops[index] == Op.METADATA:
+                    assert payload is not None
+                    self.set_metadata(payload)
+                elif payload is None:
                     self.zero(offset, length, allocate=batch.ops[index] == Op.ZERO)
                 else:
                     self.pwrite(offset, payload)
@@ -163,6 +167,15 @@ class SimImage:
     def trim(self, offset_bytes: int, length_bytes: int) -> None:
         """See `ports.Image`."""
         self.zero(offset_bytes, length_bytes, allocate=False)
+
+    def metadata(self) -> bytes:
+        """See `ports.Image`."""
+        return self.file.metadata
+
+    def set_metadata(self, data: Buffer) -> None:
+        """See `ports.Image`: durable when it returns."""
+        self._process.effect()
+        self.file.metadata = bytes(data)
 
     def read_cached(self, offset_bytes: int, view: memoryview) -> bool:
         """See `ports.Image`: sometimes it is not in the cache."""

@@ -83,7 +83,7 @@ async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
 async def test_a_plain_write_is_complete_at_once_and_releases_its_chunk(rig: Rig) -> None:
     batch = rig.write(512, b"x" * 512)
     chunk = batch.chunk
-    assert chunk is not None
+    assert isinstance(chunk, Chunk)
     assert rig.volume.submit(batch) is True
     assert batch.errors is None
     assert batch.chunk is None
