@@ -26,6 +26,7 @@ from blockrepl.storage.slots import Identity
 
 STATE_NAME = "state"
 JOURNAL_NAME = "journal"
+UNDO_NAME = "undo"  # a target's way back from a copy; made by itself
 
 
 def journal_identity(definition: Definition, node: Node) -> Identity:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Callable
 from typing import Any
 
 from blockrepl.chunks import Chunk
 from blockrepl.definition import Definition, Node
-from blockrepl.errors import ProtocolError, UsageError
+from blockrepl.errors import ProtocolError, StorageError, UsageError
 from blockrepl.node.base import NodeBase, volume_argument
+from blockrepl.node.bitmaps import NodeBitmaps
 from blockrepl.node.control import Handler, Progress
 from blockrepl.node.create import STATE_NAME, image_identity, image_path, images_of, state_identity
 from blockrepl.node.data_status import source_pair, source_status, target_pair, target_status
@@ -28,6 +30,7 @@ from blockrepl.replication import primary, secondary
 from blockrepl.storage.image import ImageFile
 from blockrepl.storage.plain import PlainVolume
 from blockrepl.storage.slot_file import SlotFile
+from blockrepl.storage.split_volume import SplitVolume
 
 
 class DataNode(NodeBase):
@@ -50,8 +53,12 @@ class DataNode(NodeBase):
         self._takeover: TakeoverRun | None = None
         if self._paired:
             self._state_file = SlotFile.open(node.directory / STATE_NAME, state_identity(definition, node))
-            self.target = Target(self, {volume.id: self._images[volume.id] for volume in self._paired})
+            self._bitmaps = NodeBitmaps.open(definition, node, self.disk)
+            self._bitmaps.on_failed(self._bits_failed)
+            self.target = Target(self, {volume.id: self._images[volume.id] for volume in self._paired}, self._bitmaps)
             self.target.host.on_active = self._activated
+            self.target.host.on_split = self._split
+            self.target.host.on_withdraw = self._withdraw
             if self._active and node.role == "primary":
                 self._become_source()
 
@@ -114,6 +121,38 @@ class DataNode(NodeBase):
             self.exports.volumes[volume.name] = PlainVolume(
                 volume.name, self._images[volume.id], self.disk, writable=writable
             )
+
+    def _split(self, writable: bool) -> None:
+        """Split from the group: hosts may look at the S-VOLs, and write them behind a bitmap if so asked."""
+        for volume in self._paired:
+            self.exports.volumes[volume.name] = SplitVolume(
+                volume.name, self._images[volume.id], self.disk, self._bitmaps.bitmaps[volume.id],
+                self._bitmaps.save, writable=writable,
+            )  # fmt: skip
+
+    def _withdraw(self, done: Callable[[], None]) -> None:
+        """No host uses the volumes of a split any more when ``done`` is called; later commands of theirs fail."""
+        volumes = [self.exports.volumes.pop(volume.name, None) for volume in self._paired]
+        split = [volume for volume in volumes if isinstance(volume, SplitVolume)]
+        left = len(split)
+        if not left:
+            self.loop.call_soon(done)
+
+        def withdrawn() -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                done()
+
+        for volume in split:
+            volume.withdraw(withdrawn)
+
+    def _bits_failed(self, error: StorageError) -> None:
+        for volume in self.exports.volumes.values():
+            if isinstance(volume, SplitVolume):
+                volume.stop(str(error))
+        if self.target is not None:
+            self.target.host.fail(str(error))
 
     # links
 
@@ -216,7 +255,7 @@ class DataNode(NodeBase):
         if self.source is not None:
             return source_status(self.source.host.role)
         if self.target is not None:
-            return target_status(self.target.host.role)
+            return target_status(self.target.host)
         return {"state": "serving", "reason": "", "epoch": None, "promised": None, "watermarks": {}}
 
     def _ready(self) -> bool:

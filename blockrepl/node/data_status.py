@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from blockrepl.formats.link import Pair
 from blockrepl.node.base import epoch_json
+from blockrepl.node.secondary_host import SecondaryHost
 from blockrepl.replication import primary, secondary
 from blockrepl.replication.primary import Primary
 from blockrepl.replication.secondary import Secondary
@@ -39,8 +41,9 @@ def target_pair(role: Secondary) -> str:
     return "PSUE" if pair == "PAIR" and not role.link else pair
 
 
-def target_status(role: Secondary) -> dict[str, Any]:
+def target_status(host: SecondaryHost) -> dict[str, Any]:
     """Of a data node that is copied to."""
+    role = host.role
     return {
         "state": role.phase.value,
         "reason": role.reason,
@@ -51,4 +54,12 @@ def target_status(role: Secondary) -> dict[str, Any]:
             "prepared": role.state.prepared, "validated": role.validated, "applied": role.applied,
             "checkpoint": role.state.applied,
         },
+        "pair": Pair(role.state.pair).name,
+        "direction": role.state.direction,
+        "copying": role.state.copying,
+        "copy_from": role.state.copy_from if role.state.copying and not role.state.initial else None,
+        "copy_paused": host.paused or None,
+        "undo_bytes": host.undo.used_bytes,
+        "split": role.state.split,
+        "out_of_sync_bytes": role.dirty_bytes,
     }  # fmt: skip

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from blockrepl.errors import DamagedError
 from blockrepl.formats.journal import FrameHeader, FrameKind
-from blockrepl.formats.record import RecordHead, check_record
+from blockrepl.formats.record import RecordHead, RecordKind, check_record, control_number
 from blockrepl.replication.intermediate import Intermediate
 from blockrepl.replication.secondary import Secondary
 from blockrepl.storage.journal import Journal
@@ -19,6 +19,7 @@ class JournalReading:
     def __init__(self) -> None:
         self.heads: list[RecordHead] = []
         self.notes: list[tuple[int, int]] = []  # (number, epoch)
+        self.controls: dict[int, int] = {}  # number of a START or END → the number in it
 
     def check(self, header: FrameHeader, body: memoryview) -> bool:
         """Whether a frame's body is what was appended."""
@@ -26,9 +27,12 @@ class JournalReading:
             self.notes.append((header.first, header.body_crc))
         elif header.kind == FrameKind.RECORD:
             try:
-                self.heads.append(check_record(body))
+                head = check_record(body)
             except DamagedError:
                 return False
+            self.heads.append(head)
+            if head.kind in (RecordKind.START, RecordKind.END):
+                self.controls[head.first] = control_number(body)
         return True
 
     def tell_intermediate(self, role: Intermediate) -> None:
@@ -45,5 +49,5 @@ class JournalReading:
         return [
             (head, frame.body_offset)
             for head, frame in zip(self.heads, frames, strict=True)
-            if role.recovered(head) and head.last > role.state.applied
+            if role.recovered(head, self.controls.get(head.first, 0)) and head.last > role.state.applied
         ]

@@ -4,11 +4,12 @@ the simulator another; the hosts are the same code in both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from blockrepl.block import Buffer, WriteBatch
 from blockrepl.chunks import Chunk
+from blockrepl.storage.undo import Saved, Undo
 
 
 class Links(Protocol):
@@ -89,6 +90,28 @@ class Disk(Protocol):
 
     def sync(self, fd: int, done: Callable[[OSError | None], None]) -> None:
         """Make durable all that was written to ``fd`` before; then ``done`` on the loop."""
+
+
+class UndoStore(Protocol):
+    """A secondary's way back: `storage.undo_file.UndoFile`, or the simulator's."""
+
+    undo: Undo | None
+
+    def begin(self, copy: int, done: Callable[[OSError | None], None]) -> None:
+        """A new one, for the copy whose START is ``copy``; ``done`` when that is durable."""
+
+    def save(self, blocks: list[Saved], done: Callable[[OSError | None], None]) -> None:
+        """Make old blocks durable, then ``done``."""
+
+    def drop(self) -> None:
+        """There is nothing to go back to any more."""
+
+    def entries(self) -> Iterator[Saved]:
+        """What is saved; blocks."""
+
+    @property
+    def used_bytes(self) -> int:
+        """What it takes on disk."""
 
 
 class Log(Protocol):

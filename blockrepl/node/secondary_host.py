@@ -4,47 +4,45 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from blockrepl.chunks import Chunk
 from blockrepl.errors import StorageError
 from blockrepl.formats.journal import FRAME_HEADER_BYTES, RING_OFFSET, FrameKind, frame_bytes
-from blockrepl.formats.record import RecordHead, RecordKind, check_record, decode_record, iterate_entries
+from blockrepl.formats.record import RecordFlag, RecordHead, RecordKind, decode_record
 from blockrepl.formats.state import encode_secondary
-from blockrepl.node.digests import digest_range
+from blockrepl.node.applying import Applier, Held
 from blockrepl.node.host import Host
-from blockrepl.node.ports import Clock, Disk, Image, Links, Log, Workers
-from blockrepl.node.store import store_record
+from blockrepl.node.ports import Clock, Disk, Image, Links, Log, UndoStore, Workers
 from blockrepl.node.trimmer import Trimmer
 from blockrepl.node.volume_sync import VolumeSync
 from blockrepl.replication.actions import (
     Append,
     AppendNote,
     Apply,
+    BecomeSource,
+    DropUndo,
+    Forget,
+    HaltApply,
+    OpenUndo,
+    Publish,
+    Reformed,
+    RestoreUndo,
+    SaveBits,
     SaveState,
     SyncJournal,
     SyncVolumes,
     Trim,
     Truncate,
+    Withdraw,
 )
 from blockrepl.replication.secondary import Phase, Secondary
 from blockrepl.storage.journal_file import JournalFile
+from blockrepl.storage.undo_file import NO_SPACE
 
 CACHE_BYTES = 48 << 20  # records kept in memory until they are applied; the rest is read back from the journal
-SLICE_BYTES = 8 << 20  # what is applied before the loop gets its turn
 COMMIT_BYTES = 16 << 20  # synced early when no PREPARE asks for it
-_DIGEST = int(RecordKind.DIGEST)
-
-
-@dataclass(slots=True)
-class Held:
-    """A record that waits to be applied. ``record`` is None when it must be read from the journal."""
-
-    head: RecordHead
-    record: memoryview | None
-    chunk: Chunk | None
-    body_offset: int
+RETRY_S = 1.0  # between two looks for space
 
 
 class SecondaryHost(Host):
@@ -56,27 +54,40 @@ class SecondaryHost(Host):
         journal: JournalFile,
         held: list[tuple[RecordHead, int]],
         images: Mapping[int, Image],
+        undo: UndoStore,
         disk: Disk,
         links: Links,
         clock: Clock,
         workers: Workers,
         log: Log,
+        save_bits: Callable[[Callable[[], None]], None] = lambda done: done(),
     ) -> None:
-        """``held``: the recovered records not known to be applied, with the file offset of each."""
+        """``held``: the recovered records not known to be applied, with the file offset of each.
+
+        The hooks below are the node's: it publishes volumes, and withdraws them, as the role's state says.
+        """
         super().__init__(links, clock, workers, log)
         self.role = role
         self.journal = journal
         self.images = images
         self.disk = disk
-        self.on_active: Callable[[], None] = lambda: None
-        self._active_told = False
-        self._held: deque[Held] = deque(Held(head, None, None, offset) for head, offset in held)
-        # Redoing these, the S-VOLs may hold later ones already: they are at one number again at the end of them.
-        self._redone_through = held[-1][0].last if held else 0
-        self._cached_bytes = 0
-        self._target = 0
-        self._applying = False
+        self.undo = undo
+        self.on_active: Callable[[], None] = lambda: None  # durably a source: serve hosts
+        self.on_split: Callable[[bool], None] = lambda _writable: None  # durably split: serve the S-VOLs
+        self.on_withdraw: Callable[[Callable[[], None]], None] = lambda done: done()  # stop serving, then ``done``
+        self.on_source: Callable[[BecomeSource, Callable[[], None]], None] = lambda _, done: done()
+        self.on_target: Callable[[], None] = lambda: None  # durably a target now
         self._sync = VolumeSync(images, disk, workers)
+        self.applier = Applier(journal, held, images, self._sync, undo, workers)
+        self.applier.on_applied = self._was_applied
+        self.applier.on_digested = lambda fields: self.perform(self.role.digested(fields))
+        self.applier.on_failed = self.fail
+        self.applier.on_paused = self._pause
+        self.applier.settle = self.settle
+        self._save_bits = save_bits
+        self.paused = ""  # why a copy pauses, in words
+        self._retry_undo: OpenUndo | None = None
+        self._retried_s = 0.0
         self._commit = False
         self._notes: deque[tuple[int, int, int, int]] = deque()  # (position, number, epoch, received)
         self._syncs: deque[tuple[int, int]] = deque()  # (position, token)
@@ -93,9 +104,19 @@ class SecondaryHost(Host):
             SyncVolumes: self._sync_volumes,
             Trim: self._trim,
             Truncate: self._truncate,
+            Forget: self._forget,
+            HaltApply: self._halt,
+            OpenUndo: self._open_undo,
+            RestoreUndo: self._restore,
+            DropUndo: self._drop_undo,
+            Publish: self._publish,
+            Withdraw: self._withdraw,
+            BecomeSource: self._become_source,
+            Reformed: self._reformed,
+            SaveBits: self._save_bitmaps,
         }
         journal.on_durable = self._durable
-        journal.on_failed = lambda error: self._fail(str(error))
+        journal.on_failed = lambda error: self.fail(str(error))
         self._tell_room()
 
     # entries from outside
@@ -117,6 +138,7 @@ class SecondaryHost(Host):
         self.perform(self.role.tick(now_s, self.clock.boot_ns()))
         if self.role.phase not in (Phase.STORING, Phase.FAILED):
             self._guarded(lambda: self._trimmer.trim(self._trim_number, now_s))
+        self._retry(now_s)
         self.settle()
 
     def lost(self, link: int) -> None:
@@ -128,17 +150,15 @@ class SecondaryHost(Host):
             self._commit = False
             self._guarded(self.journal.commit)
         super().settle()
-        if not self._active_told and self.role.phase is Phase.ACTIVE:
-            self._active_told = True
-            self.on_active()
 
     def _guarded(self, call: Callable[[], Any]) -> None:
         try:
             call()
         except StorageError as error:
-            self._fail(str(error))
+            self.fail(str(error))
 
-    def _fail(self, reason: str) -> None:
+    def fail(self, reason: str) -> None:
+        """A disk error: nothing more is prepared or applied."""
         self.perform(self.role.fail(reason))
         self.links.settle()
 
@@ -167,8 +187,7 @@ class SecondaryHost(Host):
         )  # fmt: skip
         start = position - frame_bytes(head.size_bytes)
         body_offset = RING_OFFSET + start % self.journal.journal.ring_bytes + FRAME_HEADER_BYTES
-        self._held.append(Held(head, action.record, action.chunk, body_offset))
-        self._cached_bytes += head.size_bytes
+        self.applier.add(Held(head, action.record, action.chunk, body_offset))
 
     def _durable(self, position: int) -> None:
         now_s = self.clock.now_s()
@@ -198,19 +217,14 @@ class SecondaryHost(Host):
 
     def _evict(self) -> None:
         """Give back memory of records that are durable here and wait for a slow peer's validation."""
-        if self._cached_bytes <= CACHE_BYTES:
+        applier = self.applier
+        if applier.cached_bytes <= CACHE_BYTES:
             return
-        for held in reversed(self._held):
-            if self._cached_bytes <= CACHE_BYTES:
+        for held in reversed(applier.held):
+            if applier.cached_bytes <= CACHE_BYTES:
                 return
             if held.chunk is not None and held.head.last <= self.role.state.held:
-                self._forget(held)
-
-    def _forget(self, held: Held) -> None:
-        if held.chunk is not None:
-            held.chunk.release()
-            held.chunk = held.record = None
-            self._cached_bytes -= held.head.size_bytes
+                applier.forget(held)
 
     def _sync_journal(self, action: SyncJournal) -> None:
         if self._unfit:  # it speaks for these too, and they are not in the journal yet
@@ -249,108 +263,116 @@ class SecondaryHost(Host):
         self.role.free_bytes = max(0, self.journal.journal.free_bytes - self._reserve_bytes)
 
     def _truncate(self, action: Truncate) -> None:
-        held = [item for item in self._held if item.head.last > action.number]
-        writes = sum(item.head.count for item in held)
-        size_bytes = sum(item.head.body_bytes for item in held)
-        last = held[0].head.previous if held else self.role.received
-        if action.dry_run:
-            self.perform(self.role.truncated(action.token, writes, size_bytes, last, self.clock.now_s()))
-            return
-        for item in held:
-            self._held.pop()
-            self._forget(item)
-        journal = self.journal.journal
-        position = journal.position_after(action.number)
-        state = encode_secondary(self.role.durable_state())
+        heads = [item.head for item in self.applier.held]
+        gone = [head for head in heads if head.last > action.number]
+        kept_ns = heads[-len(gone) - 1].time_ns if len(heads) > len(gone) else self.applier.last_ns
+        last = gone[0].previous if gone else self.role.received
+        writes = [head for head in gone if head.kind == RecordKind.UPDATE and not head.flags & RecordFlag.COPY]
+        count, size_bytes = sum(head.count for head in writes), sum(head.body_bytes for head in writes)
+        newest_ns = gone[-1].time_ns if gone else 0
 
-        def truncated(_writes: int, _bytes: int) -> None:
-            self.perform(self.role.truncated(action.token, writes, size_bytes, last, self.clock.now_s()))
+        def truncated(_writes: int = 0, _bytes: int = 0) -> None:
+            now_s = self.clock.now_s()
+            self.perform(self.role.truncated(action.token, count, size_bytes, last, now_s, kept_ns, newest_ns))
+
+        def durably(_writes: int, _bytes: int) -> None:
+            truncated()
             self.settle()
 
-        self._guarded(lambda: self.journal.truncate(position, state, truncated))
+        if action.dry_run:
+            truncated()
+            return
+        assert not self._unfit, "a promise waits until everything is in the journal"
+        self.applier.discard_above(action.number)
+        position = self.journal.journal.position_after(action.number)
+        state = self._state()
+        self._guarded(lambda: self.journal.truncate(position, state, durably))
+
+    def _forget(self, action: Forget) -> None:
+        journal = self.journal.journal
+        if journal.durable < journal.tail:
+            self._guarded(self.journal.commit)
+            self.workers.later(lambda: self._forget(action))
+            return
+        self.applier.discard_above(-1)
+        self._trim_number = 0
+        state = self._state()
+        self._guarded(lambda: self.journal.save(state, journal.tail, lambda: self._done(action.token)))
 
     # S-VOLs
 
     def _apply(self, action: Apply) -> None:
-        self._target = max(self._target, action.number)
-        if not self._applying:
-            self._applying = True
-            self._apply_some()
+        self.applier.apply(action.number, undo=action.undo)
 
-    def _apply_some(self) -> None:
-        """Store validated records in order; a slice at a time."""
-        held, target, done_bytes = self._held, self._target, 0
-        while held and held[0].head.last <= target:
-            if done_bytes > SLICE_BYTES:
-                self.workers.later(self._apply_on)
-                return
-            item = held[0]
-            if item.record is None:
-                self._read_back(item)
-                return
-            held.popleft()
-            done_bytes += item.head.size_bytes
-            if not self._store(item.head, item.record):
-                return
-            self._forget(item)
-        self._applying = False
-        self.perform(self.role.was_applied(target, self.clock.now_s()))
+    def _was_applied(self, number: int) -> None:
+        self.perform(self.role.was_applied(number, self.clock.now_s()))
 
-    def _apply_on(self) -> None:
-        self._apply_some()
-        self.settle()
+    @property
+    def _applying(self) -> bool:
+        return self.applier.applying
 
-    def _read_back(self, item: Held) -> None:
-        size = item.head.size_bytes
+    def _halt(self, action: HaltApply) -> None:
+        self.applier.halt(lambda: self._done(action.token))
 
-        def read_done(record: Any, error: Exception | None) -> None:
-            if error is not None:
-                self._fail(f"cannot read the journal: {error}")
-                return
-            try:
-                check_record(memoryview(record))
-            except StorageError as damage:
-                self._fail(str(damage))
-                return
-            if self._held and self._held[0] is item:
-                item.record = memoryview(record)
-            self._apply_on()
-
-        self.workers.run(lambda: self.journal.read(item.body_offset, size), read_done)
-
-    def _store(self, head: RecordHead, record: memoryview) -> bool:
-        try:
-            if head.kind == _DIGEST:
-                self._compare(head, record)
+    def _open_undo(self, action: OpenUndo) -> None:
+        def opened(error: OSError | None) -> None:
+            if error is None:
+                self._done(action.token)
+            elif error.errno in NO_SPACE:
+                self._pause(f"no space for the undo file: {error.strerror}")
+                self._retry_undo = action
             else:
-                self._sync.touch(store_record(self.images, head, record))
-        except OSError as error:
-            self._fail(f"cannot store record {head.first}: {error}")
-            return False
-        return True
+                self.fail(f"cannot write the undo file: {error}")
 
-    def _compare(self, head: RecordHead, record: memoryview) -> None:
-        """All entries of a digest record are consecutive blocks of one volume. Raises OSError."""
-        entries = list(iterate_entries(head, record))
-        volume, _, _, start, block_bytes, _ = entries[0]
-        length = sum(entry[4] for entry in entries)
-        if head.last <= self._redone_through:
-            entries, different = [], []
+        self._retry_undo = None
+        self.undo.begin(action.copy, opened)
+
+    def _restore(self, action: RestoreUndo) -> None:
+        self.applier.restore(lambda: self._done(action.token))
+
+    def _drop_undo(self, _: DropUndo) -> None:
+        self.undo.drop()
+
+    def _pause(self, why: str) -> None:
+        if why != self.paused:
+            self.log(f"the copy pauses: {why}", {})
+        self.paused = why
+
+    def _retry(self, now_s: float) -> None:
+        if now_s - self._retried_s < RETRY_S:
+            return
+        self._retried_s = now_s
+        if self.applier.paused:
+            self.applier.retry()
+        elif self._retry_undo is None:
+            self.paused = ""
+        if self._retry_undo is not None:
+            self._open_undo(self._retry_undo)
+
+    # hosts of its own
+
+    def _publish(self, _: Publish) -> None:
+        if self.role.state.active:
+            self.on_active()
         else:
-            ours = digest_range(self.images[volume], start, length, block_bytes)
-            different = [
-                entry[3] for entry, own in zip(entries, ours, strict=True) if entry[5] is None or bytes(entry[5]) != own
-            ]
-        fields = {
-            "number": head.last, "sender": head.sender, "volume": volume, "offset_bytes": start,
-            "length_bytes": length, "blocks": len(entries), "different": different,
-        }  # fmt: skip
-        self.perform(self.role.digested(fields))
+            self.on_split(self.role.state.split_writable)
+
+    def _withdraw(self, action: Withdraw) -> None:
+        self.on_withdraw(lambda: self._done(action.token))
+
+    def _become_source(self, action: BecomeSource) -> None:
+        self.on_source(action, lambda: self._done(action.token))
+
+    def _reformed(self, _: Reformed) -> None:
+        self.on_target()
+
+    def _save_bitmaps(self, action: SaveBits) -> None:
+        self._guarded(lambda: self._save_bits(lambda: self._done(action.token)))
 
     def _sync_volumes(self, action: SyncVolumes) -> None:
         def synced(error: OSError | None) -> None:
             if error is not None:
-                self._fail(f"sync failed: {error}")
+                self.fail(f"sync failed: {error}")
             else:
                 self._done(action.token)
 

@@ -11,18 +11,20 @@ from blockrepl.formats.link import Message
 from blockrepl.formats.state import decode_secondary, encode_secondary
 from blockrepl.node.asyncio_ports import log_event
 from blockrepl.node.base import NodeBase, policy_of, save_last
-from blockrepl.node.create import JOURNAL_NAME, journal_identity
+from blockrepl.node.bitmaps import NodeBitmaps
+from blockrepl.node.create import JOURNAL_NAME, UNDO_NAME, journal_identity
 from blockrepl.node.journal_reading import JournalReading
 from blockrepl.node.secondary_host import SecondaryHost
 from blockrepl.replication.secondary import Secondary
 from blockrepl.storage.image import ImageFile
 from blockrepl.storage.journal_file import JournalFile
+from blockrepl.storage.undo_file import UndoFile
 
 
 class Target:
     """The secondary half of a data node. ``images``: by volume id, of the volumes that have a pair."""
 
-    def __init__(self, owner: NodeBase, images: Mapping[int, ImageFile]) -> None:
+    def __init__(self, owner: NodeBase, images: Mapping[int, ImageFile], bitmaps: NodeBitmaps) -> None:
         self._owner = owner
         definition, node = owner.definition, owner.node
         reading = JournalReading()
@@ -38,12 +40,20 @@ class Target:
             peers=[each.id for each in definition.nodes if each.role != "intermediate"],
             state=decode_secondary(journal.recovered.state),
             policy=policy_of(definition),
+            bitmaps=bitmaps.bitmaps,
         )
         held = reading.tell_secondary(role, journal.journal)
         text = f"journal recovered: {len(reading.heads)} records, holds {role.held}, {len(held)} to apply"
         log_event(text, {})
+        state = role.state
+        undo = UndoFile.open(
+            node.directory / UNDO_NAME, owner.disk, definition.group_id.bytes, node.id,
+            {volume: image.size_bytes for volume, image in images.items()},
+            state.start if state.copying and not state.initial else None,
+        )  # fmt: skip
         self.host = SecondaryHost(
-            role, journal, held, images, owner.disk, owner.links, owner.clock, owner.workers, log_event
+            role, journal, held, images, undo, owner.disk, owner.links, owner.clock, owner.workers, log_event,
+            bitmaps.save,
         )  # fmt: skip
 
     async def close(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from blockrepl.block import Buffer, WriteBatch
 from blockrepl.chunks import Chunk
+from blockrepl.formats.link import Epoch
 from blockrepl.formats.record import RecordHead
 
 
@@ -151,9 +152,62 @@ class Truncate:
 
 @dataclass(slots=True)
 class Apply:
-    """Store all held records up to ``number`` in the S-VOLs, in order; answered by `applied(number)`."""
+    """Store all held records up to ``number`` in the S-VOLs, in order; answered by `was_applied(number)`.
+
+    With ``undo`` each block is saved durably before it is overwritten for the first time.
+    """
 
     number: int
+    undo: bool = False
+
+
+@dataclass(slots=True)
+class HaltApply:
+    """Stop applying, between two records; answered by `done(token)`. What was asked for before is forgotten."""
+
+    token: int
+
+
+@dataclass(slots=True)
+class OpenUndo:
+    """Begin a new undo file, durably, for the copy whose START is ``copy``; answered by `done(token)`."""
+
+    copy: int
+    token: int
+
+
+@dataclass(slots=True)
+class RestoreUndo:
+    """Put back every block that the undo file has, and sync the images; answered by `done(token)`."""
+
+    token: int
+
+
+@dataclass(slots=True)
+class DropUndo:
+    """There is nothing to go back to any more: the undo file may go."""
+
+
+@dataclass(slots=True)
+class Withdraw:
+    """No host uses this node's volumes any more, and none of their writes is under way; answered by `done(token)`."""
+
+    token: int
+
+
+@dataclass(slots=True)
+class Publish:
+    """Hosts may use this node's volumes: the role's state says how (active, or split)."""
+
+
+@dataclass(slots=True)
+class BecomeSource:
+    """Reform: this node's primary suspends, durably, with the bits of all that the others may lack; `done(token)`."""
+
+    epoch: Epoch
+    number: int
+    direction: int
+    token: int
 
 
 @dataclass(slots=True)
@@ -216,6 +270,6 @@ class Event:
 
 Action = (
     Send | Close | Append | AppendNote | SyncJournal | SaveState | Transmit | Replay | Trim | Truncate | Apply
-    | SaveBits | MarkJournal | CopyOwn | Forget | Reformed
-    | SyncVolumes | StoreBatch | StoreRecord | FailBatch | DigestBlocks | Digested | Event
+    | HaltApply | OpenUndo | RestoreUndo | DropUndo | Withdraw | Publish | BecomeSource | SaveBits | MarkJournal
+    | CopyOwn | Forget | Reformed | SyncVolumes | StoreBatch | StoreRecord | FailBatch | DigestBlocks | Digested | Event
 )  # fmt: skip

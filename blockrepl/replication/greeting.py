@@ -44,7 +44,7 @@ class Introduction:
         self, hello: dict[str, Any], *, epoch: Epoch, promised: Epoch, through: int, batch: int = 0, credit: int = 0,
         validated: int = 0, prepared: int = 0, applied: int = 0, active: bool = False, **more: Any,
     ) -> bytes:  # fmt: skip
-        """The answer to a HELLO that was found right."""
+        """The answer to a HELLO that was found right. ``more``: fields that only some roles fill."""
         return encode(
             Message.WELCOME, epoch.number, version=VERSION_MAX, role=self.role, features=FEATURES & hello["features"],
             node=self.node, nonce=hello["nonce"], epoch=epoch, promised=promised, through=through, batch=batch,

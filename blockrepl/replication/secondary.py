@@ -8,63 +8,36 @@ taken any more (PROTOCOL, rules 13, 14, 20 to 24; claims 8, 18, 20, 21).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from enum import Enum
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from blockrepl.bitmap import Bitmap
 from blockrepl.chunks import Chunk
 from blockrepl.errors import ProtocolError, SequenceGapError
 from blockrepl.formats.journal import frame_bytes
-from blockrepl.formats.link import (
-    Epoch,
-    LinkRole,
-    Message,
-    Refusal,
-    encode,
-)
-from blockrepl.formats.record import RecordHead
+from blockrepl.formats.link import LinkRole, Message, Refusal, encode
+from blockrepl.formats.record import RecordHead, RecordKind, control_number
 from blockrepl.formats.state import SecondaryState
 from blockrepl.replication.actions import (
     Action,
     Append,
     AppendNote,
-    Apply,
     Close,
     Event,
+    Publish,
     SaveState,
     Send,
-    SyncJournal,
     SyncVolumes,
     Trim,
-    Truncate,
 )
+from blockrepl.replication.copying import Copying
 from blockrepl.replication.greeting import Introduction, Problem, refused
-from blockrepl.replication.machine import Machine
 from blockrepl.replication.policy import Policy
+from blockrepl.replication.secondary_epochs import Epochs
+from blockrepl.replication.secondary_epochs import Phase as Phase
+from blockrepl.replication.splitting import Splitting
 
-
-class Phase(Enum):
-    """Where a secondary is."""
-
-    FOLLOWING = "following"  # takes records of its epoch
-    PROMISED = "promised"  # a higher epoch is being opened
-    STORING = "rolling forward"  # an epoch was stored; going to its number
-    STORED = "stored"  # at the epoch's number, not yet writable
-    ACTIVE = "taken over"
-    FAILED = "failed"
-
-
-TABLE: dict[tuple[Phase, str], Phase] = {
-    (Phase.FOLLOWING, "promise"): Phase.PROMISED,
-    (Phase.PROMISED, "promise"): Phase.PROMISED,
-    (Phase.STORING, "promise"): Phase.PROMISED,
-    (Phase.STORED, "promise"): Phase.PROMISED,
-    (Phase.PROMISED, "go on"): Phase.FOLLOWING,
-    (Phase.PROMISED, "store"): Phase.STORING,
-    (Phase.STORING, "stored"): Phase.STORED,
-    (Phase.STORED, "activate"): Phase.ACTIVE,
-    **{(phase, "fail"): Phase.FAILED for phase in Phase},
-}
+_CONTROL = int(RecordKind.START)  # START, END: kinds from here on
 
 
 class Secondary:
@@ -75,9 +48,9 @@ class Secondary:
 
     def __init__(
         self, *, group: bytes, node: int, name: str, intermediate: int, peers: list[int], state: SecondaryState,
-        policy: Policy,
+        policy: Policy, bitmaps: Mapping[int, Bitmap] | None = None,
     ) -> None:  # fmt: skip
-        """``peers``: the node ids of all secondaries of the group."""
+        """``peers``: the nodes that may open epochs. ``bitmaps``: volume id → what hosts here wrote by themselves."""
         self.group = group
         self.node = node
         self.name = name
@@ -90,16 +63,12 @@ class Secondary:
         self.validated = state.validated
         self.applied = state.applied  # in the S-VOLs' page cache
         self.numbered_seen = state.prepared
-        if state.active:
-            start = Phase.ACTIVE
-        elif state.rolling:
-            start = Phase.STORING
-        else:
-            start = Phase.PROMISED if state.promised.number > state.epoch.number else Phase.FOLLOWING
-        self.machine: Machine[Phase] = Machine(TABLE, start)
+        self.bitmaps = bitmaps or {}
+        self.trusted: Callable[[], bool] = lambda: True  # whether those say all
+        self.epochs = Epochs(self)
+        self.copying = Copying(self)
+        self.splitting = Splitting(self)
         self.link = 0  # hop 2
-        self._store_link = 0
-        self._discarded = (0, 0)
         self.reason = ""
         self._openers: set[int] = set()
         self._incarnation = 0
@@ -109,7 +78,6 @@ class Secondary:
         self._notes: deque[tuple[int, int]] = deque()  # (number, link)
         self._token = 0
         self._then: dict[int, Callable[[float], list[Action]]] = {}
-        self._truncating: dict[int, Callable[[int, int, float], list[Action]]] = {}
         self._waiting_applied: list[tuple[int, Callable[[float], list[Action]]]] = []
         self._syncing = False
         self._sync_s = 0.0
@@ -121,12 +89,17 @@ class Secondary:
 
     # start
 
-    def recovered(self, head: RecordHead) -> bool:
-        """A record found in the journal at start, in order. False: a takeover discarded it and all that follows."""
+    def recovered(self, head: RecordHead, control: int = 0) -> bool:
+        """A record found in the journal at start, in order; ``control`` is the number in a START or END.
+
+        False: a takeover discarded it and all that follows.
+        """
         if head.epoch < self.state.epoch.number and head.last > self.state.number:
             return False
         if head.last > self.received:
             self.received = self.state.held = head.last
+        if head.kind >= _CONTROL:
+            self.copying.heard(head, control)
         return True
 
     def recovered_note(self, number: int, epoch: int) -> None:
@@ -137,13 +110,25 @@ class Secondary:
     def start(self) -> list[Action]:
         """The journal is recovered and synced: finish what a takeover had begun here, or apply what is validated."""
         if self.phase is Phase.STORING:
-            return self._roll_forward()
-        return [Apply(self.validated)] if self.validated > self.applied else []
+            return self.epochs.roll_on()
+        if self.phase is Phase.ACTIVE:
+            return [Publish()]
+        return [*self.copying.advance(0.0), *([Publish()] if self.state.split else [])]
 
     @property
     def phase(self) -> Phase:
         """Where it is."""
-        return self.machine.state
+        return self.epochs.machine.state
+
+    @property
+    def following(self) -> bool:
+        """It takes records of its epoch."""
+        return self.phase is Phase.FOLLOWING
+
+    @property
+    def dirty_bytes(self) -> int:
+        """What its hosts wrote by themselves, in whole blocks."""
+        return sum(bitmap.dirty_bytes for bitmap in self.bitmaps.values())
 
     @property
     def held(self) -> int:
@@ -155,13 +140,25 @@ class Secondary:
         self.state.validated = min(self.validated, self.state.prepared)
         return self.state
 
-    def _later(self, then: Callable[[float], list[Action]]) -> int:
+    def token(self) -> int:
+        """A new one."""
         self._token += 1
-        self._then[self._token] = then
         return self._token
 
+    def later(self, then: Callable[[float], list[Action]]) -> int:
+        """The token of an action whose answer is ``then``."""
+        token = self.token()
+        self._then[token] = then
+        return token
+
+    _later = later
+
+    def save(self, then: Callable[[float], list[Action]]) -> SaveState:
+        """Make the state durable as it is when this is performed, then ``then``."""
+        return SaveState(self.later(then))
+
     def done(self, token: int, now_s: float) -> list[Action]:
-        """`SaveState`, `SyncJournal` or `SyncVolumes` with this token is done."""
+        """The action with this token is done."""
         then = self._then.pop(token)
         return [] if self.phase is Phase.FAILED else then(now_s)
 
@@ -187,6 +184,8 @@ class Secondary:
         message = self._me.welcome(
             fields, epoch=state.epoch, promised=state.promised, through=self.received, credit=self._credit,
             validated=self.validated, prepared=state.prepared, applied=self.applied, active=state.active,
+            direction=state.direction, pair=state.pair, copying=state.copying, copy_from=state.copy_from,
+            split=state.split,
         )  # fmt: skip
         return [*actions, Send(link, [message])]
 
@@ -198,7 +197,7 @@ class Secondary:
             return Refusal.STATE, self.reason
         if fields["role"] == LinkRole.OPENER:
             if fields["node"] not in self.peers:
-                return Refusal.NODE, f"node {fields['node']} is no secondary of this group"
+                return Refusal.NODE, f"node {fields['node']} opens no epochs in this group"
             return None
         return self._check_intermediate(fields)
 
@@ -206,10 +205,10 @@ class Secondary:
         epoch, ours = fields["epoch"], self.state.epoch
         if fields["role"] != LinkRole.INTERMEDIATE or fields["node"] != self.intermediate:
             return Refusal.ROLE, f"node {fields['node']} is not this group's intermediate"
-        if self.state.active:
-            return Refusal.ACTIVE, f"{self.name} has taken over in epoch {ours.number}"
-        if epoch.number == ours.number and epoch.id != ours.id:
+        if epoch.number == ours.number and epoch.id != ours.id and not self.state.active:
             return Refusal.EPOCH, f"split brain: epoch {epoch} there, {ours} here"
+        if self.state.active and epoch.number <= ours.number:  # with a higher one it is we who are behind
+            return Refusal.ACTIVE, f"{self.name} has taken over in epoch {ours.number}"
         if fields["incarnation"] < self._incarnation:
             return Refusal.STALE, f"incarnation {fields['incarnation']} is dead, {self._incarnation} lives"
         return None
@@ -240,7 +239,9 @@ class Secondary:
             raise ProtocolError("record beyond the credit")
         if head.last <= self.received:
             return []
-        if head.previous != self.received:
+        if head.kind >= _CONTROL:
+            self._take_control(head, record)
+        elif head.previous != self.received:
             raise SequenceGapError(f"record {head.first} follows {head.previous}, the last one here is {self.received}")
         self.received = head.last
         self.numbered_seen = max(self.numbered_seen, head.last)
@@ -248,16 +249,26 @@ class Secondary:
         chunk.hold()
         return [Append(head, record, chunk)]
 
+    def _take_control(self, head: RecordHead, record: memoryview) -> None:
+        """A START may jump over what was never sent here; what it skips is in bitmaps (rule 19)."""
+        number = control_number(record)
+        jump = head.kind == RecordKind.START and head.previous > self.received
+        if head.previous != self.received and not jump:
+            raise SequenceGapError(f"record {head.first} follows {head.previous}, the last one here is {self.received}")
+        if head.kind == RecordKind.START:
+            self.copying.check_start(head, number)
+        self.copying.heard(head, number)
+
     def received_message(self, link: int, kind: int, fields: dict[str, Any], epoch: int, now_s: float) -> list[Action]:
         """A control message on any link. Raises ProtocolError: the host closes the link and calls `lost`."""
         if self.phase is Phase.FAILED:
             return [Close(link, self.reason)]
         if kind == Message.PROMISE:
-            return self._promise(link, fields, now_s)
+            return self.epochs.promise(link, fields)
         if kind == Message.STORE:
-            return self._store(link, fields, now_s)
+            return self.epochs.store(link, fields, now_s)
         if kind == Message.ACTIVATE:
-            return self._activate(link, fields)
+            return self.epochs.activate(link, fields)
         if link in self._openers:
             if kind != Message.HEARTBEAT:
                 raise ProtocolError(f"{Message(kind).name} does not belong on an opener's link")
@@ -268,8 +279,9 @@ class Secondary:
         if kind == Message.HEARTBEAT:
             self._stamp_ns = fields["stamp_ns"]
             self.numbered_seen = max(self.numbered_seen, fields["numbered"])
+            self.state.pair = fields["pair"]
             return []
-        if kind not in (Message.PREPARE, Message.VALIDATE):
+        if kind not in (Message.PREPARE, Message.VALIDATE, Message.SPLIT, Message.REJOIN):
             raise ProtocolError(f"{Message(kind).name} does not belong on hop 2")
         if self.phase is not Phase.FOLLOWING:
             return []
@@ -277,7 +289,11 @@ class Secondary:
             raise ProtocolError(f"{Message(kind).name} in epoch {epoch}, this is {self.state.epoch.number}")
         if kind == Message.PREPARE:
             return self._prepare(link, fields["number"], fields["stream_last"])
-        return self._validate(fields["number"])
+        if kind == Message.VALIDATE:
+            return self._validate(fields["number"], now_s)
+        if kind == Message.SPLIT:
+            return self.splitting.split(fields["number"], writable=fields["writable"], now_s=now_s)
+        return self.splitting.rejoin(link, fields["number"])
 
     def _prepare(self, link: int, number: int, stream_last: int) -> list[Action]:
         if stream_last > self.received:
@@ -285,6 +301,8 @@ class Secondary:
         self.numbered_seen = max(self.numbered_seen, number)
         if number <= self.state.prepared:
             return [self._prepared(link, number)]
+        if self.state.split:
+            raise ProtocolError(f"PREPARE {number}, but {self.name} is split: REJOIN comes first")
         self._notes.append((number, link))
         return [AppendNote(number, self.state.epoch.number, self.received)]
 
@@ -322,17 +340,29 @@ class Secondary:
         window = min(self.policy.window_bytes, max(0, self.free_bytes))
         self._credit = max(self._credit, self._credit_used + window)
 
-    def _validate(self, number: int) -> list[Action]:
+    def _validate(self, number: int, now_s: float) -> list[Action]:
         if number > self.state.prepared:
             raise ProtocolError(f"VALIDATE {number}, but only {self.state.prepared} is prepared here")
         if number <= self.validated:
             return []
         self.validated = number
-        return [Apply(number)]
+        return self.copying.advance(now_s)
 
     def was_applied(self, number: int, now_s: float) -> list[Action]:
         """Records up to ``number`` are in the S-VOLs (page cache)."""
         self.applied = max(self.applied, number)
+        actions = self.copying.advance(now_s) if self.copying.spans else []
+        return actions + self.reached(now_s) if self._waiting_applied else actions
+
+    def when_applied(self, number: int, then: Callable[[float], list[Action]]) -> list[Action]:
+        """``then`` when records up to ``number`` are applied; whoever asks calls `reached` once everything is set."""
+        self._waiting_applied.append((number, then))
+        return []
+
+    def reached(self, now_s: float) -> list[Action]:
+        """Who waits for what is applied goes on, unless a copy just begins or ends."""
+        if self.copying.busy:
+            return []
         actions: list[Action] = []
         ready = [then for target, then in self._waiting_applied if target <= self.applied]
         self._waiting_applied = [item for item in self._waiting_applied if item[0] > self.applied]
@@ -340,152 +370,30 @@ class Secondary:
             actions += then(now_s)
         return actions
 
+    def go_back(self, number: int) -> None:
+        """A takeover goes to ``number``, which may lie below what is validated and applied."""
+        self.validated, self.applied = min(self.validated, number), min(self.applied, number)
+        self.state.applied = min(self.state.applied, number)
+
+    def drop_notes(self) -> None:
+        """What the old epoch asked to be prepared is answered to nobody."""
+        self._notes.clear()
+
+    def truncated(
+        self, token: int, writes: int, size_bytes: int, last: int, now_s: float, kept_ns: int = 0, newest_ns: int = 0
+    ) -> list[Action]:
+        """Records above the number are gone, with our state stored in the same write; or they were only counted.
+
+        ``last`` is the last record of ours that is not above it. Times: when it was numbered, and when the newest one
+        above it; 0 where not known.
+        """
+        return self.epochs.truncated(token, writes, size_bytes, last, now_s, kept_ns, newest_ns)
+
     def digested(self, fields: dict[str, Any]) -> list[Action]:
         """The host of this role has compared a digest record while applying."""
         if not self.link:
             return []
         return [Send(self.link, [encode(Message.DIGESTED, self.state.epoch.number, **fields)])]
-
-    # epochs
-
-    def _promise(self, link: int, fields: dict[str, Any], now_s: float) -> list[Action]:
-        epoch: Epoch = fields["epoch"]
-        state = self.state
-        if fields["dry_run"] or state.active or epoch.number <= max(state.promised.number, state.epoch.number):
-            token = self._later(lambda _: [Send(link, [self._promised()])])
-            return [SyncJournal(token)]
-        self.machine.go("promise")
-        state.promised = epoch
-        actions: list[Action] = []
-        if self.link and link != self.link:
-            actions.append(Close(self.link, f"promised epoch {epoch}"))
-            self.link = 0
-        self._notes.clear()
-        return [*actions, SyncJournal(self._later(lambda _: self._save_promise(link, epoch)))]
-
-    def _save_promise(self, link: int, epoch: Epoch) -> list[Action]:
-        self.state.held = self.received
-        return [SaveState(self._later(lambda _: self._tell_promise(link, epoch)))]
-
-    def _tell_promise(self, link: int, epoch: Epoch) -> list[Action]:
-        return [Send(link, [self._promised()])] if self.state.promised == epoch else []
-
-    def _promised(self) -> bytes:
-        state = self.state
-        return encode(
-            Message.PROMISED, state.epoch.number, epoch=max(state.promised, state.epoch), stored=state.epoch,
-            held=self.held, validated=self.validated, applied=self.applied, active=state.active,
-            number=state.number, members=state.members, numbered=max(self.numbered_seen, self.held),
-        )  # fmt: skip
-
-    def _store(self, link: int, fields: dict[str, Any], now_s: float) -> list[Action]:
-        state = self.state
-        number: int = fields["number"]
-        if fields["dry_run"]:
-            return [self._truncate(number, lambda w, b, _: [self._would_store(link, w, b)], dry_run=True)]
-        if fields["epoch"] == state.epoch and self.phase in (Phase.STORING, Phase.STORED, Phase.ACTIVE):
-            self._store_link = link
-            return [] if self.phase is Phase.STORING else [self._stored()]
-        if fields["promise"] != state.promised or self.phase is not Phase.PROMISED:
-            return [self._would_store(link, 0, 0)]
-        if fields["truncate"] and not self.validated <= number <= self.held:
-            raise ProtocolError(f"takeover at {number}: validated {self.validated}, held {self.held} here")
-        if not fields["truncate"]:
-            self._adopt_epoch(link, fields, self.held)
-            self.machine.go("go on")
-            return [SaveState(self._later(lambda _: [self._stored()]))]
-
-        def counted(writes: int, size_bytes: int, now_s: float) -> list[Action]:
-            if fields["promise"] != state.promised or self.phase is not Phase.PROMISED:
-                return [self._would_store(link, 0, 0)]
-            self._adopt_epoch(link, fields, number)
-            self._discarded = (writes, size_bytes)
-            # With the epoch the note stands for "all of mine up to number".
-            state.prepared = number
-            self.received = state.held = self._last_kept
-            self.machine.go("store")
-            closed: list[Action] = []
-            if self.link and self.link != link:  # what we told the intermediate on it is no longer so
-                closed.append(Close(self.link, f"rolled to {number} by a takeover"))
-                self.link = 0
-            return closed + self._roll_forward()
-
-        return [self._truncate(number, counted, dry_run=True)]
-
-    def _adopt_epoch(self, link: int, fields: dict[str, Any], last: int) -> None:
-        state = self.state
-        if state.epoch.number and state.epoch != fields["epoch"]:
-            state.history.append((state.epoch, last))
-        state.epoch = fields["epoch"]
-        state.number, state.members, state.rolling = fields["number"], fields["members"], fields["truncate"]
-        self._store_link, self._discarded = link, (0, 0)
-
-    def _truncate(
-        self, number: int, then: Callable[[int, int, float], list[Action]], *, dry_run: bool = False
-    ) -> Truncate:
-        self._token += 1
-        self._truncating[self._token] = then
-        return Truncate(number, self._token, dry_run)
-
-    def truncated(self, token: int, writes: int, size_bytes: int, last: int, now_s: float) -> list[Action]:
-        """Records above the number are gone, with our state stored in the same write; or they were only counted.
-
-        ``last`` is the last record of ours that is not above it.
-        """
-        self._last_kept = last
-        return self._truncating.pop(token)(writes, size_bytes, now_s)
-
-    def _roll_forward(self) -> list[Action]:
-        """Discard what lies beyond the epoch's number, apply what lies before it, make it durable, say so."""
-        number = self.state.number
-
-        def discarded(writes: int, size_bytes: int, now_s: float) -> list[Action]:
-            self.validated = max(self.validated, number)
-            self._waiting_applied.append((number, lambda _: self._settle(number)))
-            return [Apply(number)]
-
-        return [self._truncate(number, discarded)]
-
-    def _settle(self, number: int) -> list[Action]:
-        """All is applied: make the S-VOLs durable, so that nothing is ever redone over a host's new writes."""
-
-        def saved(_: float) -> list[Action]:
-            if self.phase is not Phase.STORING:
-                return []
-            self.machine.go("stored")
-            return [self._stored()]
-
-        def synced(_: float) -> list[Action]:
-            self.state.applied = max(self.state.applied, number)
-            return [SaveState(self._later(saved))]
-
-        return [SyncVolumes(self._later(synced))]
-
-    def _stored(self) -> Send:
-        return self._say_stored(self._store_link, self.state.epoch, *self._discarded)
-
-    def _would_store(self, link: int, writes: int, size_bytes: int) -> Send:
-        """The answer to a dry run, or to an opener without our promise: names the epoch that we stand by."""
-        return self._say_stored(link, max(self.state.promised, self.state.epoch), writes, size_bytes)
-
-    def _say_stored(self, link: int, epoch: Epoch, writes: int, size_bytes: int) -> Send:
-        message = encode(
-            Message.STORED, self.state.epoch.number, epoch=epoch, applied=self.applied,
-            discarded_writes=writes, discarded_bytes=size_bytes,
-        )  # fmt: skip
-        return Send(link, [message])
-
-    def _activate(self, link: int, fields: dict[str, Any]) -> list[Action]:
-        state = self.state
-        answer = Send(link, [encode(Message.ACTIVATED, state.epoch.number, epoch=state.epoch)])
-        if fields["epoch"] != state.epoch or self.phase not in (Phase.STORED, Phase.ACTIVE):
-            return [answer] if fields["epoch"] != state.epoch else []
-        if self.phase is Phase.STORED:
-            self.machine.go("activate")
-        state.active = True
-        state.writable = fields["writable"]
-        text = f"taken over in epoch {state.epoch} at number {state.number}"
-        return [SaveState(self._later(lambda _: [Event(text), answer]))]
 
     # durability and time
 
@@ -497,7 +405,7 @@ class Secondary:
 
         def synced(_: float) -> list[Action]:
             self._syncing = False
-            self.state.applied = max(self.state.applied, number)
+            self.state.applied = max(self.state.applied, min(number, self.applied))  # it may have gone back meanwhile
             return [Trim(self.state.applied)]
 
         return [SyncVolumes(self._later(synced))]
@@ -510,7 +418,7 @@ class Secondary:
         """A disk error: nothing more is prepared or applied (rule 11)."""
         if self.phase is Phase.FAILED:
             return []
-        self.machine.go("fail")
+        self.epochs.fail()
         self.reason = reason
         actions: list[Action] = [Event(f"stopped: {reason}")]
         if self.link:

@@ -108,6 +108,9 @@ class PlainVolume(Volume):
                 self._store_in_thread(following)
             elif self._store(following):
                 following.done(following)
+        self._relieve()
+
+    def _relieve(self) -> None:
         if not self.congested:
             resume, self._resume = self._resume, []
             for call in resume:

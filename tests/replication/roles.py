@@ -176,3 +176,8 @@ def saved(role: Any, actions: list[Action]) -> list[Action]:
         if type(action).__name__ == "SaveState":
             done += role.saved(action.token, 0.0)  # type: ignore[union-attr]
     return done
+
+
+def arrives(kind: int, **given: Any) -> dict[str, Any]:
+    """The fields of a message as they arrive: those not given are as its sender leaves them."""
+    return {**DEFAULTS.get(kind, {}), **given}

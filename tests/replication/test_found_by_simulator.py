@@ -27,6 +27,7 @@ from tests.replication.roles import (
     S2,
     THREE,
     TWO,
+    arrives,
     greet,
     hello,
     intermediate,
@@ -83,7 +84,7 @@ def test_a_batch_that_comes_while_nothing_is_numbered_closes_its_link() -> None:
     role = serving(intermediate())
     greet(role, 1)
     role.accepted(9, hello(LinkRole.OPENER, S1, MID), 0.0)
-    role.received(9, Message.PROMISE, {"epoch": TWO, "dry_run": False, "reform": False}, 0.0)
+    role.received(9, Message.PROMISE, arrives(Message.PROMISE, epoch=TWO, dry_run=False), 0.0)
     assert role.phase is opening.Phase.FROZEN
     actions = send_batch(role, 1, 1)
     assert [action.link for action in actions if isinstance(action, Close)] == [1]
@@ -166,14 +167,16 @@ def test_a_restarted_secondary_applies_what_is_validated_without_being_told_agai
 def roll(role: Any, link: int, number: int) -> list[Any]:
     """A takeover's PROMISE and STORE of epoch 2, with everything done that they ask for."""
     role.accepted(link, hello(LinkRole.OPENER, S2, S1), 0.0)
-    actions = role.received_message(link, Message.PROMISE, {"epoch": TWO, "dry_run": False}, 0, 0.0)
+    actions = role.received_message(link, Message.PROMISE, arrives(Message.PROMISE, epoch=TWO, dry_run=False), 0, 0.0)
     actions += [each for action in actions if hasattr(action, "token") for each in role.done(action.token, 0.0)]
     for action in actions:
         if words([action]) == ["SaveState"]:
             role.done(action.token, 0.0)
     # The intermediate comes back in between, and is told what is held now.
     role.accepted(7, hello(LinkRole.INTERMEDIATE, MID, S1), 0.0)
-    store = {"promise": TWO, "epoch": TWO, "number": number, "truncate": True, "members": [S1, S2], "dry_run": False}
+    store = arrives(
+        Message.STORE, promise=TWO, epoch=TWO, number=number, truncate=True, members=[S1, S2], dry_run=False
+    )
     actions = role.received_message(link, Message.STORE, store, 0, 0.0)
     found: list[Any] = role.truncated(actions[0].token, 0, 0, number, 0.0)
     return found
@@ -191,7 +194,7 @@ def test_a_secondary_that_stopped_answers_no_promise() -> None:
     role = secondary()
     role.accepted(3, hello(LinkRole.OPENER, S2, S1), 0.0)
     role.fail("disk")
-    actions = role.received_message(3, Message.PROMISE, {"epoch": TWO, "dry_run": False}, 0, 0.0)
+    actions = role.received_message(3, Message.PROMISE, arrives(Message.PROMISE, epoch=TWO, dry_run=False), 0, 0.0)
     assert words(actions) == ["Close"]
     assert role.state.promised == ONE
     assert role.phase is Phase.FAILED

@@ -35,6 +35,7 @@ from tests.replication.roles import (
     S2,
     THREE,
     TWO,
+    arrives,
     greet,
     hello,
     intermediate,
@@ -398,7 +399,9 @@ def test_22_two_stored_epochs_of_one_number_are_split_brain() -> None:
 def promise(role: Any, link: int = 3, epoch: Any = TWO) -> list[Any]:
     """A takeover asks a secondary to promise; the answers to what that brings about, in order."""
     role.accepted(link, hello(LinkRole.OPENER, S2, S1), 0.0)
-    told = actions = role.received_message(link, Message.PROMISE, {"epoch": epoch, "dry_run": False}, 0, 0.0)
+    told = actions = role.received_message(
+        link, Message.PROMISE, arrives(Message.PROMISE, epoch=epoch, dry_run=False), 0, 0.0
+    )
     while any(hasattr(action, "token") for action in actions):
         actions = [each for action in actions if hasattr(action, "token") for each in role.done(action.token, 0.0)]
         told = told + actions
@@ -432,7 +435,7 @@ def test_23_a_store_without_the_promise_changes_nothing_and_names_the_epoch_that
     role = follow(secondary(held=4, prepared=4))
     promise(role, 3, THREE)
     role.accepted(4, hello(LinkRole.OPENER, S2, S1), 0.0)
-    store = {"promise": TWO, "epoch": TWO, "number": 4, "truncate": True, "members": [S1, S2], "dry_run": False}
+    store = arrives(Message.STORE, promise=TWO, epoch=TWO, number=4, truncate=True, members=[S1, S2], dry_run=False)
     assert one(role.received_message(4, Message.STORE, store, 0, 0.0), Message.STORED)["epoch"] == THREE
     assert role.state.epoch == ONE
 
@@ -442,7 +445,7 @@ def test_23_a_frozen_intermediate_answers_the_opener_only_when_everything_is_val
     greet(role, 1)
     send_batch(role, 1, 1)
     role.accepted(9, hello(LinkRole.OPENER, S1, MID), 0.0)
-    told = role.received(9, Message.PROMISE, {"epoch": TWO, "dry_run": False, "reform": False}, 0.0)
+    told = role.received(9, Message.PROMISE, arrives(Message.PROMISE, epoch=TWO, dry_run=False), 0.0)
     told += saved(role, told) + role.durable(1, 0.0) + role.transmitted(S1, 104, 1, 4096, 0.0) + role.tick(0.1, 1)
     answer = {"epoch_number": 1, "number": 1, "applied": 0, "credit": FREE}
     told += role.received(105, Message.PREPARED, answer, 1.0)
@@ -453,7 +456,7 @@ def test_23_a_frozen_intermediate_answers_the_opener_only_when_everything_is_val
 def test_23_a_promise_that_led_nowhere_is_superseded_after_a_while() -> None:
     role = serving(intermediate())
     role.accepted(9, hello(LinkRole.OPENER, S1, MID), 0.0)
-    saved(role, role.received(9, Message.PROMISE, {"epoch": TWO, "dry_run": False, "reform": False}, 0.0))
+    saved(role, role.received(9, Message.PROMISE, arrives(Message.PROMISE, epoch=TWO, dry_run=False), 0.0))
     role.tick(POLICY.open_backoff_s + 1, 1)
     assert role.phase.name == "STARTING"
     for node in (S1, S2):

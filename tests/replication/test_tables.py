@@ -9,24 +9,32 @@ from typing import Any
 
 import pytest
 
-from blockrepl.replication import opening, primary, secondary, takeover
+from blockrepl.replication import copying, opening, primary, secondary_epochs, takeover
 from blockrepl.replication.machine import Machine
 
-MODULES = [primary, opening, secondary, takeover]
+MODULES = [primary, opening, secondary_epochs, copying, takeover]
 # Where a process may begin: the first, and what recovery finds.
 STARTS: dict[Any, list[str]] = {
     primary: ["FRESH"],
     opening: ["STARTING"],
-    secondary: ["FOLLOWING", "PROMISED", "STORING", "ACTIVE"],
+    secondary_epochs: ["FOLLOWING", "PROMISED", "STORING", "ACTIVE"],
+    copying: ["PLAIN", "COPYING"],
     takeover: ["GREETING"],
 }
+
+
+def states(module: Any) -> Any:
+    """The enumeration that the table is about."""
+    return module.Stage if module is copying else module.Phase
+
+
 by_module = pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__.rpartition(".")[2])
 
 
 @by_module
 def test_an_unknown_pair_of_state_and_event_raises(module: Any) -> None:
     events = {event for _, event in module.TABLE} | {"no such event"}
-    pairs = [(state, event) for state in module.Phase for event in events if (state, event) not in module.TABLE]
+    pairs = [(state, event) for state in states(module) for event in events if (state, event) not in module.TABLE]
     assert pairs
     for state, event in pairs:
         machine: Machine[Enum] = Machine(module.TABLE, state)
@@ -38,7 +46,7 @@ def test_an_unknown_pair_of_state_and_event_raises(module: Any) -> None:
 
 @by_module
 def test_every_state_is_reached_from_a_start(module: Any) -> None:
-    reached = {module.Phase[name] for name in STARTS[module]}
+    reached = {states(module)[name] for name in STARTS[module]}
     waiting = deque(reached)
     while waiting:
         state = waiting.popleft()
@@ -46,7 +54,7 @@ def test_every_state_is_reached_from_a_start(module: Any) -> None:
             if source is state and target not in reached:
                 reached.add(target)
                 waiting.append(target)
-    assert reached == set(module.Phase)
+    assert reached == set(states(module))
 
 
 @by_module

@@ -15,6 +15,8 @@ from blockrepl.formats.slots import SLOTS_BYTES
 from blockrepl.storage.image import block_error
 from blockrepl.storage.journal_file import JournalFile
 from blockrepl.storage.slot_file import SlotFile
+from blockrepl.storage.undo import Write
+from blockrepl.storage.undo_file import UndoFile
 
 if TYPE_CHECKING:
     from tests.sim.process import Process
@@ -322,6 +324,31 @@ class SimSlotFile(SlotFile):
         self.file.sync()
         self._slots.stored()
         self.payload = payload
+
+
+class SimUndoFile(UndoFile):
+    """As `SimJournalFile`. The file has all its bytes from the start: what an older copy left stands behind the new."""
+
+    file: SimFile
+    process: Process
+
+    def _read(self, offset: int, length: int) -> bytes:
+        return self.file.read(offset, length)
+
+    def _size(self) -> int:
+        return len(self.file.cache)
+
+    def _resize(self, size_bytes: int) -> None:
+        self.process.effect()
+
+    def _draw(self) -> int:
+        return self.process.world.random.getrandbits(64)
+
+    def _write_now(self, writes: list[Write]) -> None:
+        for offset, buffers in writes:
+            self.process.effect()
+            self.file.write(offset, b"".join(buffers))
+        self.file.sync()
 
 
 SLOT_FILE_BYTES = SLOTS_BYTES

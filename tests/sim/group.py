@@ -75,7 +75,7 @@ def small(ring_bytes: int, cache_bytes: int) -> Iterator[None]:
         f"{hosts}.intermediate_host.TRANSMIT_BYTES": 24 << 10,
         f"{hosts}.intermediate_host.REPLAY_QUEUE_BYTES": 24 << 10,
         f"{hosts}.secondary_host.CACHE_BYTES": cache_bytes,
-        f"{hosts}.secondary_host.SLICE_BYTES": 8 << 10,
+        f"{hosts}.applying.SLICE_BYTES": 8 << 10,
         f"{hosts}.secondary_host.COMMIT_BYTES": 48 << 10,
     }
     log = logging.getLogger("blockrepl.node.links")

@@ -14,6 +14,7 @@ from blockrepl.formats.link import Message
 from blockrepl.formats.record import RecordHead, decode_record
 from blockrepl.formats.slots import SlotKind
 from blockrepl.formats.state import (
+    SecondaryState,
     decode_intermediate,
     decode_primary,
     decode_secondary,
@@ -36,11 +37,13 @@ from blockrepl.storage.journal import Journal
 from blockrepl.storage.recovery import recover
 from blockrepl.storage.slots import Identity, Slots
 from tests.sim.bits import SimBitmaps
-from tests.sim.disk import SimDisk, SimFile, SimImage, SimJournalFile, SimSlotFile
+from tests.sim.disk import SimDisk, SimFile, SimImage, SimJournalFile, SimSlotFile, SimUndoFile
 from tests.sim.network import Network, SimLinkTable, SimSocket
 from tests.sim.world import GROUP, Killed, Machine, World
 
 BLOCK = 512
+UNDO_BLOCK = 4096  # of the undo file
+UNDO_FILE_BYTES = 1 << 20
 TICK_S = 0.02
 HELLO_TIMEOUT_S = 1.0
 
@@ -488,12 +491,22 @@ class SecondaryProcess(Process):
     opener: Opener | None = None
 
     def format(self) -> None:
-        from blockrepl.formats.state import SecondaryState, encode_secondary
+        from blockrepl.formats.state import encode_secondary
 
         self._format_journal(self.layout.secondary_ring_bytes, encode_secondary(SecondaryState()))
         for volume, (_, secondary, size) in self.layout.volumes.items():
             if secondary == self.name:
                 self.machine.files[f"volume {volume}"] = SimFile(size)
+
+        self.machine.files["undo"] = SimFile(UNDO_FILE_BYTES)
+
+    def _open_undo(self, state: SecondaryState) -> SimUndoFile:
+        sizes = {volume: self.layout.volumes[volume][2] for volume in self.volume_ids}
+        file = self.machine.files["undo"]
+        undo = SimUndoFile(Path("undo"), file.fd, self.disk, GROUP, self.node_id, sizes, UNDO_BLOCK)  # type: ignore[arg-type]
+        undo.file, undo.process = file, self
+        undo.recover(state.start if state.copying and not state.initial else None)
+        return undo
 
     @property
     def volume_ids(self) -> list[int]:
@@ -511,8 +524,9 @@ class SecondaryProcess(Process):
         )  # fmt: skip
         held = reading.tell_secondary(role, journal.journal)
         images = {v: SimImage(self.machine.files[f"volume {v}"], self) for v in self.volume_ids}
+        undo = self._open_undo(role.state)
         host = WatchedSecondaryHost(
-            role, journal, held, images, self.disk, self.links, self.machine.clock, self.workers, self.log
+            role, journal, held, images, undo, self.disk, self.links, self.machine.clock, self.workers, self.log
         )  # fmt: skip
         host.process = self
         host.on_active = lambda: self.watcher.activated(self)

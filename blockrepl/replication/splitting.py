@@ -1,0 +1,92 @@
+"""A secondary that is split from its group on purpose: at one number, its volumes perhaps written by hosts of its own.
+
+SPLIT is stored when exactly its number is applied and durable. REJOIN ends it: the hosts are stopped, the state says
+so, and then the bits of what they wrote are told (ARCHITECTURE, "Pair life"; PROTOCOL, rules 17 and 18).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from blockrepl.errors import ProtocolError
+from blockrepl.formats.link import Message, encode
+from blockrepl.replication.actions import Action, Event, Publish, Send, SyncVolumes, Withdraw
+
+if TYPE_CHECKING:
+    from blockrepl.replication.secondary import Secondary
+
+
+class Splitting:
+    """The split of one secondary; whether it is, is in the state."""
+
+    def __init__(self, owner: Secondary) -> None:
+        self._owner = owner
+        self._asked: tuple[int, bool] | None = None
+
+    def split(self, number: int, *, writable: bool, now_s: float) -> list[Action]:
+        """SPLIT: apply to exactly ``number``, then store the split, then publish. Raises ProtocolError."""
+        owner, state = self._owner, self._owner.state
+        if owner.copying.spans:
+            raise ProtocolError(f"SPLIT {number} in mid-copy: there is no number to split at")
+        if not owner.validated <= number <= state.prepared:
+            raise ProtocolError(f"SPLIT {number}: validated {owner.validated}, prepared {state.prepared} here")
+        if self._asked == (number, writable) or (state.split and state.split_writable == writable):
+            return []
+        self._asked = number, writable
+        owner.validated = number
+
+        def valid() -> bool:
+            return self._asked == (number, writable) and owner.following
+
+        def applied(_: float) -> list[Action]:
+            return [SyncVolumes(owner.later(synced))]
+
+        def synced(now_s: float) -> list[Action]:
+            state.applied = max(state.applied, number)
+            if state.split:  # as it was not asked for before: nobody writes while that changes
+                return [Withdraw(owner.later(store))]
+            return store(now_s)
+
+        def store(_: float) -> list[Action]:
+            if not valid():
+                return []
+            state.split, state.split_writable = True, writable
+            return [owner.save(stored)]
+
+        def stored(_: float) -> list[Action]:
+            if not valid() or not state.split:
+                return []
+            self._asked = None
+            return [Publish(), Event(f"split at {number}{', writable' if writable else ''}")]
+
+        return [*owner.copying.advance(now_s), *owner.when_applied(number, applied), *owner.reached(now_s)]
+
+    def end(self) -> None:
+        """Split no more; the caller has withdrawn the volumes, and saves the state."""
+        self._asked = None
+        self._owner.state.split = self._owner.state.split_writable = False
+
+    def rejoin(self, link: int, number: int) -> list[Action]:
+        """REJOIN: stop the hosts, then say what they wrote. Whoever is not split has bits to tell all the same."""
+        owner = self._owner
+        self._asked = None
+
+        def withdrawn(_: float) -> list[Action]:
+            if not owner.following:
+                return []
+            self.end()
+            return [owner.save(lambda _: self._tell(link, number))]
+
+        if owner.state.split:
+            return [Withdraw(owner.later(withdrawn))]
+        return self._tell(link, number)
+
+    def _tell(self, link: int, number: int) -> list[Action]:
+        owner = self._owner
+        epoch = owner.state.epoch.number
+        messages: list[Any] = [
+            encode(Message.BITMAP, epoch, volume=volume, block_bytes=bitmap.block_bytes, first_block=first, bits=bits)
+            for volume, bitmap in sorted(owner.bitmaps.items())
+            for first, bits in bitmap.pieces()
+        ]
+        return [Send(link, [*messages, encode(Message.REJOINED, epoch, number=number)])]
