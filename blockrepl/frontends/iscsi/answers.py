@@ -231,5 +231,5 @@ def _residual(expected: int, actual: int) -> tuple[int, int]:
     if actual < expected:
         return ResponseFlag.UNDERFLOW, expected - actual
     if actual > expected:
-        return ResponseFlag.OVERFLOW, actual - expected
+        return ResponseFlag.OVERFLOW, min(actual - expected, MASK)
     return 0, 0

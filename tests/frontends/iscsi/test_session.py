@@ -74,6 +74,13 @@ def test_a_read_that_nobody_expects_data_of_ends_in_a_response_with_overflow() -
     assert (answer.flags, answer.residual_bytes) == (0x84, 1024)
 
 
+def test_a_residual_is_at_most_what_its_field_holds() -> None:
+    i = Initiator()
+    cdb = b"\x8a\0" + bytes(8) + b"\xff\xff\xff\xff\0\0"  # WRITE (16) of 2 TiB, of which a block comes
+    (answer,) = i.give(i.command(cdb, flags=0xA0, expected=512, data=bytes(512)))
+    assert (answer.kind, answer.residual_bytes) == (Opcode.SCSI_RESPONSE, 0xFFFFFFFF)
+
+
 def test_sense_data_goes_with_the_response_and_its_length_before_it() -> None:
     i = Initiator()
     (answer,) = i.give(i.command(b"\xff", flags=0xC0, expected=512))
