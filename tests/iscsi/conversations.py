@@ -31,8 +31,9 @@ _KEYS = (
 _VALUES = (
     "", "Yes", "No", "None", "CRC32C", "CRC32C,None", "None,CRC32C,CRC32C", "Discovery", "Normal", "All", "0", "1",
     "-1", "511", "512", "8192", "16777215", "16777216", "4294967296", "99999999999999999999", "0x10", "0x", "0b",
-    "0bAAA", "0x" + "ab" * 600, "0b" + "QUJD" * 400, "1~2", "Reject", "Irrelevant", "NotUnderstood", "?", "CHAP", "CHAP,None",
-    "5", "5,6,7,8", "7", "yes", "Yes,No", "iqn.2026-11.org.blockrepl:other", "a" * 255, "a" * 256, "a" * 4000, "\u00e4",
+    "0bAAA", "0x" + "ab" * 600, "0b" + "QUJD" * 400, "1~2", "Reject", "Irrelevant", "NotUnderstood", "?", "CHAP",
+    "CHAP,None", "5", "5,6,7,8", "7", "yes", "Yes,No", "iqn.2026-11.org.blockrepl:other",
+    "a" * 255, "a" * 256, "a" * 4000, "\u00e4",
 )  # fmt: skip
 
 
