@@ -5,7 +5,6 @@ from __future__ import annotations
 import uuid
 
 from blockrepl.formats.scsi_inquiry import NAA_LOCALLY_ASSIGNED
-from blockrepl.frontends.iscsi.scsi.limits import PHYSICAL_BLOCK_BYTES
 
 
 class UnitIdentity:
@@ -15,7 +14,7 @@ class UnitIdentity:
 
     def __init__(
         self, group: uuid.UUID, volume_id: int, name: str, size_bytes: int, block_bytes: int,
-        physical_bytes: int = PHYSICAL_BLOCK_BYTES,
+        physical_bytes: int = 0,
     ) -> None:  # fmt: skip
         unique = uuid.uuid5(group, f"volume {volume_id}")
         self.name = name
@@ -24,4 +23,4 @@ class UnitIdentity:
         self.naa = (NAA_LOCALLY_ASSIGNED << 60 | unique.int >> 68).to_bytes(8, "big")
         self.size_bytes = size_bytes
         self.block_bytes = block_bytes
-        self.physical_bytes = physical_bytes
+        self.physical_bytes = max(physical_bytes, block_bytes)

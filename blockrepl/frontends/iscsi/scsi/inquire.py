@@ -118,19 +118,19 @@ def _mode_policy(unit: LogicalUnit, nexus: Nexus) -> bytes:
 
 def _limits(unit: LogicalUnit, nexus: Nexus) -> bytes:
     block = unit.block_bytes
-    physical = unit.physical_blocks
+    page = max(1, limits.PAGE_BYTES // block)
     atomic = unit.volume.atomic_bytes // block if unit.volume is not None else 0
     data: bytes = layout.block_limits.build(
         {
-            "write_same_needs_length": 0,
+            "write_same_needs_length": 1,
             "compare_and_write": limits.MAX_COMPARE_BLOCKS,
-            "transfer_granularity": physical,
+            "transfer_granularity": page,
             "max_transfer": limits.MAX_TRANSFER_BYTES // block,
             "optimal_transfer": limits.OPTIMAL_TRANSFER_BYTES // block,
             "max_prefetch": limits.MAX_PREFETCH_BYTES // block,
             "max_unmap": limits.MAX_UNMAP_BLOCKS,
             "max_unmap_descriptors": limits.MAX_UNMAP_DESCRIPTORS,
-            "unmap_granularity": limits.PHYSICAL_BLOCK_BYTES // block,
+            "unmap_granularity": page,
             "unmap_alignment": layout.UGAVALID,
             "max_write_same": limits.MAX_WRITE_SAME_BYTES // block,
             "max_atomic": atomic,

@@ -9,4 +9,4 @@ MAX_WRITE_SAME_BYTES = 128 << 20
 MAX_COMPARE_BLOCKS = 255
 MAX_UNMAP_BLOCKS = 1 << 20
 MAX_UNMAP_DESCRIPTORS = 256
-PHYSICAL_BLOCK_BYTES = 4096  # a page: less is read, modified and written by the page cache
+PAGE_BYTES = 4096  # less is read, modified and written by the page cache, and not given back by a file

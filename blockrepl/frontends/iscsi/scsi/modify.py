@@ -89,6 +89,8 @@ def compare_and_write(unit: LogicalUnit, task: Task, state: NexusState) -> Answe
     check_range(lba, count, unit.blocks)
     length = count * unit.block_bytes
     if task.out_bytes != 2 * length or task.expected_out_bytes != 2 * length:
+        if not count:  # the initiator meant 256: the field has no room for it
+            raise bad_cdb(13)
         raise illegal(Asc.INVALID_FIELD_IN_COMMAND_INFORMATION_UNIT)
     if not length:
         return None
@@ -136,10 +138,12 @@ def write_same(unit: LogicalUnit, task: Task, state: NexusState) -> Answer:
     check_range(lba, count, unit.blocks)
     if anchor:
         raise bad_cdb(1, 4)
-    count = count or unit.blocks - lba
+    if not count:  # WSNZ: "to the end" is not for commands that came by mistake
+        raise bad_cdb(length_byte(cdb))
     if count * unit.block_bytes > MAX_WRITE_SAME_BYTES:
         raise bad_cdb(length_byte(cdb))
     size = 0 if no_data or (unmap and not task.expected_out_bytes) else unit.block_bytes
+    task.needed_out_bytes = size
     if task.expected_out_bytes != size or task.out_bytes != size:
         raise illegal(Asc.INVALID_FIELD_IN_COMMAND_INFORMATION_UNIT)
     offset, length = lba * unit.block_bytes, count * unit.block_bytes

@@ -18,6 +18,7 @@ from blockrepl.chunks import Chunk
 from blockrepl.errors import BlockError
 from blockrepl.formats.scsi import CDB_10, CDB_16, Asc, Opcode, SenseKey, Status, sense_data
 from blockrepl.frontends.iscsi.scsi.commands import BY_KEY, OPCODES, Access, Command, key_of, wrong_bits
+from blockrepl.frontends.iscsi.scsi.geometry import data_out_bytes
 from blockrepl.frontends.iscsi.scsi.identity import UnitIdentity
 from blockrepl.frontends.iscsi.scsi.limits import MAX_TRANSFER_BYTES
 from blockrepl.frontends.iscsi.scsi.mode import ModePages
@@ -93,7 +94,7 @@ class LogicalUnit:
         self.volume: Volume | None = None
         self.block_bytes = identity.block_bytes
         self.blocks = identity.size_bytes // identity.block_bytes
-        self.physical_blocks = max(1, identity.physical_bytes // identity.block_bytes)
+        self.physical_blocks = identity.physical_bytes // identity.block_bytes
         self.mode = ModePages()
         self.reservations = Reservations()
         self.reserver: Nexus | None = None  # RESERVE(6)
@@ -369,8 +370,7 @@ class LogicalUnit:
     def _perform(self, task: Task, state: NexusState) -> Answer:
         cdb = task.cdb
         opcode = cdb[0]
-        if task.expected_out_bytes:
-            task.needed_out_bytes = self.target.data_out_bytes(self.lun, cdb)
+        task.needed_out_bytes = data_out_bytes(cdb, self.block_bytes)
         if state.attentions and opcode not in _WITHOUT_ATTENTION:
             asc = state.attentions.popleft()
             self.regulate()
