@@ -39,6 +39,10 @@ class NbdVolume:
         """With ``durable`` (FUA) it returns when the data is durable."""
         self._do(Command.WRITE, offset_bytes, len(payload), CommandFlag.FUA if durable else 0, payload)
 
+    def zero(self, offset_bytes: int, length_bytes: int, *, durable: bool = False) -> None:
+        """Write zeroes."""
+        self._do(Command.WRITE_ZEROES, offset_bytes, length_bytes, CommandFlag.FUA if durable else 0)
+
     def read(self, offset_bytes: int, length_bytes: int) -> bytes:
         """What lies there."""
         self._do(Command.READ, offset_bytes, length_bytes)

@@ -1,0 +1,175 @@
+"""Life after life, each of a kind and with means by chance, until the time or the rounds are over."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from blockrepl.errors import BlockreplError
+from scripts.demolib.errors import DemoError
+from scripts.demolib.host import why_no_loop
+from scripts.interrupts import uninterrupted
+from scripts.torturelib.disks import Disks, Platters
+from scripts.torturelib.errors import BrokenPromiseError, TortureError
+from scripts.torturelib.group import NODES, Group
+from scripts.torturelib.life import Life, Round
+from scripts.torturelib.network import Lines, Namespaces, Network
+
+STORM_S = (3.0, 9.0)
+MOST_STORMS = 4
+JOURNAL, SMALL_JOURNAL = "64MiB", "24MiB"
+
+
+@dataclass
+class Means:
+    """What this machine allows."""
+
+    home: Path
+    why_no_namespaces: str
+    why_no_loop: str
+
+    @classmethod
+    def here(cls, home: Path, why_no_namespaces: str) -> Means:
+        """Found out."""
+        return cls(home, why_no_namespaces, why_no_loop())
+
+    def network(self) -> Network:
+        """As good as can be had."""
+        return Lines(NODES) if self.why_no_namespaces else Namespaces(NODES)
+
+    def __str__(self) -> str:
+        network = f"proxies ({self.why_no_namespaces})" if self.why_no_namespaces else "network namespaces"
+        loop = f"no file systems, no power loss ({self.why_no_loop})" if self.why_no_loop else "loop devices"
+        return f"{network}; {loop}"
+
+
+class Campaign:
+    """Performs rounds; `rounds` holds what they saw."""
+
+    KINDS: ClassVar[tuple[str, ...]] = ("kills", "power", "small")
+
+    def __init__(
+        self, means: Means, seed: int, only: str | None, keep: Path | None, *, verbose: bool, bug: str
+    ) -> None:
+        kinds = [kind for kind in self.KINDS if kind != "power" or not means.why_no_loop]
+        if only is not None and only not in kinds:
+            raise TortureError(f"no life of kind {only} here: {', '.join(kinds)} ({means})", 2)
+        self._means = means
+        self._seed = seed
+        self._kinds = [only] if only else kinds
+        self._keep = keep
+        self._verbose = verbose
+        self._bug = bug
+        self._lives = 0
+        self._rounds_left: int | None = None
+        self._deadline_s: float | None = None
+        self.rounds: list[Round] = []
+
+    @property
+    def ok(self) -> bool:
+        """Nothing was found."""
+        return not any(round_.problems for round_ in self.rounds)
+
+    def run(self, rounds: int | None, deadline_s: float | None) -> None:
+        """Until either is over. Stops at the first broken promise."""
+        self._rounds_left, self._deadline_s = rounds, deadline_s
+        while self.ok and not self._done():
+            chance = random.Random(f"{self._seed}/{self._lives}")
+            kind = self._kinds[self._lives % len(self._kinds)]
+            self._lives += 1
+            self._live(kind, chance)
+
+    def _done(self) -> bool:
+        late = self._deadline_s is not None and time.monotonic() >= self._deadline_s
+        return late or (self._rounds_left is not None and len(self.rounds) >= self._rounds_left)
+
+    def _live(self, kind: str, chance: random.Random) -> None:
+        with self._group(kind) as group:
+            group.create()
+            group.start()
+            life = Life(group, chance)
+            for _ in range(chance.randint(1, MOST_STORMS)):
+                if not self._done():
+                    self._round(group, life, lambda: life.storm(chance.uniform(*STORM_S)))
+            if kind == "small" and not self._done():
+                self._round(group, life, life.full_journal)
+            if not self._done():
+                self._round(group, life, life.disaster)
+
+    @contextmanager
+    def _group(self, kind: str) -> Iterator[Group]:
+        home = self._means.home / f"life{self._lives}"
+        home.mkdir()
+        disks = (Platters if kind == "power" else Disks)(home, NODES)
+        network = self._means.network()
+        journal = SMALL_JOURNAL if kind == "small" else JOURNAL
+        group = Group(home, network, disks, self._say, journal=journal, bug=self._bug)
+        try:
+            yield group
+        finally:
+            with uninterrupted():
+                group.close()
+                shutil.rmtree(home, ignore_errors=True)
+
+    def _round(self, group: Group, life: Life, play: Callable[[], Round]) -> None:
+        if not self.ok:
+            return
+        began_s = time.monotonic()
+        try:
+            round_ = play()
+        except (BrokenPromiseError, BlockreplError, DemoError, TortureError) as error:
+            round_ = life.now
+            round_.problems.append(str(error))
+        round_.seconds = round(time.monotonic() - began_s, 2)
+        round_.notes["life"] = self._lives
+        round_.notes["disks"] = group.disks.kind
+        self.rounds.append(round_)
+        self._print(round_)
+        if round_.problems:
+            self._keep_logs(group)
+
+    def _say(self, text: str) -> None:
+        if self._verbose:
+            print(f"    {text}", flush=True)
+
+    def _print(self, round_: Round) -> None:
+        verdict = "ok" if not round_.problems else "BROKEN"
+        print(
+            f"{len(self.rounds):4} {round_.kind:26} {round_.seconds:5.1f} s  {len(round_.faults):2} faults  "
+            f"{round_.acknowledged:6} of {round_.writes:6} writes acknowledged, {round_.lost} lost; "
+            f"{round_.transactions:5} transactions; {round_.blocks_compared:6} blocks compared  {verdict}",
+            flush=True,
+        )
+        if round_.problems:
+            for fault in round_.faults:
+                print(f"     {fault}")
+            for problem in round_.problems:
+                print(f"     BROKEN: {problem}", flush=True)
+
+    def _keep_logs(self, group: Group) -> None:
+        for node in NODES:
+            text = group.log_tail(node, 100_000 if self._keep else 12)
+            if self._keep is not None:
+                self._keep.mkdir(parents=True, exist_ok=True)
+                (self._keep / f"{node}.log").write_text(text)
+            else:
+                print(f"--- {node}\n{text}", file=sys.stderr)
+
+    def summary(self) -> str:
+        """One line."""
+        seconds = sum(round_.seconds for round_ in self.rounds)
+        return (
+            f"{len(self.rounds)} rounds of {self._lives} lives in {seconds / 60:.1f} min: "
+            f"{sum(len(round_.faults) for round_ in self.rounds)} faults, "
+            f"{sum(round_.acknowledged for round_ in self.rounds)} writes and "
+            f"{sum(round_.transactions for round_ in self.rounds)} transactions acknowledged, "
+            f"{sum(round_.blocks_compared for round_ in self.rounds)} blocks that are not zeroes compared: "
+            + ("every promise kept" if self.ok else f"BROKEN (seed {self._seed})")
+        )

@@ -1,0 +1,105 @@
+"""scripts/torture as people run it: as many rounds as fit, on every kind of disk and network that this machine has."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts.demolib.host import why_no_loop
+
+ROOT = Path(__file__).parents[2]
+MINUTES = 1.7
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+needs_loop = pytest.mark.skipif(bool(why_no_loop()), reason=f"no loop devices: {why_no_loop()}")
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "scripts.torturelib", *arguments]
+
+
+def torture(tmp_path: Path, *arguments: str) -> tuple[int, str, list[dict[str, Any]]]:
+    """(exit status, output, its rounds)."""
+    path = tmp_path / "torture.json"
+    argv = command("--json", str(path), *arguments)
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=880, check=False)
+    assert leftovers() == []
+    return (
+        done.returncode,
+        done.stdout + done.stderr,
+        json.loads(path.read_text())["rounds"] if path.exists() else [],
+    )
+
+
+def leftovers() -> list[str]:
+    """What lives in a torture's directory still: files, mounts, loop devices, processes."""
+    home = str(ROOT / "images" / "torture-")
+    found = [str(path) for path in (ROOT / "images").glob("torture-*")]
+    found += [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if home in line]
+    for path in (*Path("/sys/block").glob("loop*/loop/backing_file"), *Path("/proc").glob("[0-9]*/cmdline")):
+        try:
+            words = path.read_bytes()
+        except OSError:
+            continue
+        found += [repr(words)] if home.encode() in words else []
+    return found
+
+
+def test_every_round_that_fits_keeps_the_promise(tmp_path: Path) -> None:
+    status, output, rounds = torture(tmp_path, "--minutes", str(MINUTES))
+    assert status == 0, output
+    print(output)
+    assert sum(round_["acknowledged"] for round_ in rounds) > 100, output
+    assert sum(round_["blocks_compared"] for round_ in rounds) > 100, output
+    assert sum(len(round_["faults"]) for round_ in rounds) > 0, output
+
+
+def test_with_proxies_instead_of_namespaces_too(tmp_path: Path) -> None:
+    status, output, rounds = torture(tmp_path, "--proxies", "--rounds", "2")
+    assert status == 0, output
+    assert "proxies" in output
+    assert rounds[0]["acknowledged"] > 0
+
+
+@needs_loop
+def test_power_cuts_show_a_node_that_syncs_nothing(tmp_path: Path) -> None:
+    status, output, _ = torture(tmp_path, "--only", "power", "--plant", "unsynced", "--rounds", "12")
+    assert status == 1, output
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_interrupted_or_killed_it_leaves_nothing_that_runs_or_is_mounted(how: signal.Signals) -> None:
+    kind = "kills" if why_no_loop() else "power"
+    process = subprocess.Popen(
+        command("--verbose", "--only", kind), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("    "):  # the first fault
+            break
+    if how == signal.SIGKILL and os.geteuid() != 0:
+        process.kill()
+        pytest.skip("without namespaces nobody ends what a killed torture started")
+    process.send_signal(how)
+    rest = process.stdout.read()
+    status = process.wait(300)
+    if how == signal.SIGINT:
+        assert status == 130, rest
+        assert leftovers() == []
+        return
+    deadline_s = time.monotonic() + 60
+    while (left := [each for each in leftovers() if not each.startswith(str(ROOT))]) and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    assert left == []
+    done = subprocess.run(
+        command("--rounds", "0"), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )  # the next one removes its files
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert leftovers() == []
