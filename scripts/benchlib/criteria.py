@@ -87,6 +87,10 @@ def _zero_after_s(figures: Figures) -> float | None:
     return max(times, default=None)
 
 
+def _storm_ms(figures: Figures) -> float | None:
+    return max((storm.storm_us_p99 / 1000 for storm in figures.storms), default=None)
+
+
 def _peak_mib(figures: Figures) -> float | None:
     peak_bytes = figures.peak_bytes(OURS)
     return None if peak_bytes is None else peak_bytes / MIB
@@ -136,6 +140,7 @@ CRITERIA = (
     Criterion("iSCSI, 1 MiB write QD8 ÷ tgt", "×", 1.5, None, _speed(_BIG_WRITE, _ISCSI, "tgt")),
     Criterion("iSCSI, 1 MiB read QD8 ÷ tgt", "×", 1.5, None, _speed(_BIG_READ, _ISCSI, "tgt")),
     Criterion("iSCSI, 4k write QD1 ÷ tgt", "×", 1.0, None, _speed(_QD1, _ISCSI, "tgt")),
+    Criterion("iSCSI, 4k write of one session while others are fuzzed, p99", "ms", None, None, _storm_ms, True),
     Criterion("replicated, lag at full load, at most", "MiB", None, None, _lag_bytes, True),
     Criterion("replicated, lag is zero after the load's end", "s", 1.0, None, _zero_after_s, True),
     Criterion("peak memory of the largest process of ours", "MiB", 250.0, None, _peak_mib, True),

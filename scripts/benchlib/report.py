@@ -37,7 +37,8 @@ def document(outcome: Outcome, file_system: str, image_bytes: int) -> dict[str, 
         "cut_short": outcome.cut_short or None,
         "results": [dataclasses.asdict(result) for result in results],
         "lag": [dataclasses.asdict(lag) for lag in outcome.lags],
-        "criteria": [_json_verdict(verdict) for verdict in judge(Figures(results, outcome.lags))],
+        "storm": [dataclasses.asdict(storm) for storm in outcome.storms],
+        "criteria": [_json_verdict(verdict) for verdict in judge(Figures(results, outcome.lags, outcome.storms))],
         "skipped": outcome.skipped,
     }
 
@@ -51,13 +52,18 @@ def _json_verdict(verdict: Verdict) -> dict[str, Any]:
 
 def print_report(console: Console, outcome: Outcome) -> None:
     results = medians(outcome.measurements)
-    figures = Figures(results, outcome.lags)
+    figures = Figures(results, outcome.lags, outcome.storms)
     console.print(_speed_table(figures))
     console.print(_process_table(results, outcome.idle_cpu))
     for lag in outcome.lags:
         after = "did not fall to zero" if lag.zero_after_s is None else f"zero {lag.zero_after_s:.2f} s after its end"
         console.print(
             f"{lag.system}: lag at full load at most {lag.max_writes} writes, {_mib(lag.max_bytes)} MiB; {after}"
+        )
+    for storm in outcome.storms:
+        console.print(
+            f"{storm.system}: 4k write of one session {storm.quiet_us_p50:,.0f} µs, p99 {storm.quiet_us_p99:,.0f}; "
+            f"beside {storm.conversations} bad ones {storm.storm_us_p50:,.0f} µs, p99 {storm.storm_us_p99:,.0f}"
         )
     console.print(_criteria_table(judge(figures)))
     if outcome.cut_short:

@@ -88,12 +88,28 @@ class LagResult:
     samples: int
 
 
+@dataclass(frozen=True)
+class StormResult:
+    """Latency of one session's 4 KiB writes, alone and beside ill-meaning initiators."""
+
+    system: str
+    conversations: int  # of the others
+    logins: int  # of the session: a cold reset by others ends it
+    quiet_us_p50: float
+    quiet_us_p99: float
+    storm_us_p50: float
+    storm_us_p99: float
+
+
 class Figures:
     """The results, looked up by name; None for what was not measured."""
 
-    def __init__(self, results: Iterable[Result], lags: Iterable[LagResult] = ()) -> None:
+    def __init__(
+        self, results: Iterable[Result], lags: Iterable[LagResult] = (), storms: Iterable[StormResult] = ()
+    ) -> None:
         self._results = {(result.work, result.system): result for result in results}
         self.lags = list(lags)
+        self.storms = list(storms)
 
     def get(self, work: str, system: str) -> Result | None:
         return self._results.get((work, system))

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from scripts.benchlib import disk, fio, qemu_img
+from scripts.benchlib import disk, fio, qemu_img, storm
 from scripts.benchlib.lag import watch
 from scripts.benchlib.process import NotAvailableError, cpu_s, rss_peak_bytes
 from scripts.benchlib.registry import FACTORIES
-from scripts.benchlib.results import LagResult, Measurement
+from scripts.benchlib.results import LagResult, Measurement, StormResult
 from scripts.benchlib.systems import Running
 from scripts.benchlib.works import WORKS, Work
 from scripts.benchlib.workspace import Workspace
@@ -27,6 +27,7 @@ _WARM_UP_S = 0.2
 _LAG_WORK = "randwrite-4k-qd32"
 _LAG_LOAD_S = 3.0
 _MIN_RUNTIME_S = 0.2
+_STORM_SYSTEM, _STORM_S = "blockrepl-iscsi", 3.0
 _OVERHEAD_S = 0.4  # of a measurement beyond its load: fio's start, settling, syncing
 
 Tell = Callable[[str], None]
@@ -48,6 +49,7 @@ class Settings:
 class Outcome:
     measurements: list[Measurement] = field(default_factory=list)
     lags: list[LagResult] = field(default_factory=list)
+    storms: list[StormResult] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)  # by system: why
     idle_cpu: dict[str, dict[str, float]] = field(default_factory=dict)  # by system and process: CPU s per s
     cut_short: str = ""  # where and why, when time ran out
@@ -70,6 +72,7 @@ def run(settings: Settings, workspace: Workspace, tell: Tell) -> Outcome:
                 outcome.cut_short = f"in round {number + 1} of {settings.rounds}: the machine is slow or busy"
                 break
         _watch_lag(settings, systems, outcome, tell)
+        _raise_storm(settings, systems, workspace, outcome, tell)
     return outcome
 
 
@@ -226,3 +229,18 @@ def _watch_lag(settings: Settings, systems: dict[str, Running], outcome: Outcome
                 outcome.lags.append(watch(WORKS[_LAG_WORK], name, system, load_s))
             except (fio.LoadError, NotAvailableError) as error:
                 outcome.skipped[f"{name} (lag)"] = str(error)
+
+
+def _raise_storm(
+    settings: Settings, systems: dict[str, Running], workspace: Workspace, outcome: Outcome, tell: Tell
+) -> None:
+    """Only at ours: what others do under it is not for us to find out."""
+    system = systems.get(_STORM_SYSTEM)
+    if system is None or not isinstance(system.target, fio.IscsiTarget):
+        return
+    tell(f"a storm of bad PDUs at {_STORM_SYSTEM}")
+    try:
+        log = workspace.log("storm")
+        outcome.storms.append(storm.measure(_STORM_SYSTEM, system.target, log, min(_STORM_S, settings.runtime_s)))
+    except (fio.LoadError, NotAvailableError) as error:
+        outcome.skipped[f"{_STORM_SYSTEM} (storm)"] = str(error)

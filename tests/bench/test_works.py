@@ -7,7 +7,7 @@ import pytest
 from scripts.benchlib.criteria import judge
 from scripts.benchlib.fio import Sample
 from scripts.benchlib.registry import FACTORIES
-from scripts.benchlib.results import Figures, LagResult, Measurement, medians
+from scripts.benchlib.results import Figures, LagResult, Measurement, StormResult, medians
 from scripts.benchlib.works import FIO_DIRECTORY, QUICK_CELLS, SYSTEMS, WORKS, Work, cells
 
 UNITS = {"k": 1 << 10, "m": 1 << 20}
@@ -48,5 +48,7 @@ def test_quick_run_measures_everything_that_is_judged() -> None:
         Measurement(work, system, sample, {} if system == "disk" else {"server": 0.01}, {"server": 1 << 20})
         for work, system in QUICK_CELLS
     ]
-    figures = Figures(medians(measured), [LagResult("blockrepl-replicated", "randwrite-4k-qd32", 5, 20480, 0.1, 9)])
+    lag = LagResult("blockrepl-replicated", "randwrite-4k-qd32", 5, 20480, 0.1, 9)
+    storm = StormResult("blockrepl-iscsi", 100, 1, 90.0, 200.0, 150.0, 900.0)
+    figures = Figures(medians(measured), [lag], [storm])
     assert [verdict.text for verdict in judge(figures) if verdict.reached is None] == []
