@@ -137,7 +137,8 @@ def definition_checks(definition: Definition) -> list[Check]:
         if (node.directory / "loop").is_dir():
             checks.append(_leftovers(definition, node))
         if not is_running(node.directory):
-            checks += [_port(node, address) for address in (node.listen, node.nbd) if address is not None]
+            addresses = (node.listen, node.nbd, *(node.iscsi or ()))
+            checks += [_port(node, address) for address in addresses if address is not None]
     return checks
 
 

@@ -110,6 +110,13 @@ class DataNode(NodeBase):
             self.source.tick()
         if self._takeover is not None:
             self._takeover.tick()
+        self.exports.settle(failed=self._failed(), following=self.source is None)
+
+    def _failed(self) -> bool:
+        """No host can use the pairs any more, through this node."""
+        if self.source is not None:
+            return self.source.host.role.phase is primary.Phase.FAILED
+        return self.target is not None and self.target.host.role.phase is secondary.Phase.FAILED
 
     def _activated(self) -> None:
         """Taken over: hosts may use the S-VOLs."""

@@ -1,4 +1,4 @@
-"""The front ends of a node: an NBD server and loop devices over the volumes that it serves now."""
+"""The front ends of a node: NBD, loop devices and iSCSI over the volumes that it serves now."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from blockrepl.node.control import Handler, Progress
 
 if TYPE_CHECKING:
     from blockrepl.frontends.loop.frontend import LoopFrontend
+    from blockrepl.node.iscsi_exports import IscsiExports
 
 
 class Exports:
@@ -25,6 +26,11 @@ class Exports:
         self._node = node
         self._nbd = NbdServer(lambda: self._with("nbd"), pool)
         self._loop: LoopFrontend | None = None
+        self._iscsi: IscsiExports | None = None
+        if node.iscsi is not None:  # a node without portals starts without its modules
+            from blockrepl.node.iscsi_exports import IscsiExports
+
+            self._iscsi = IscsiExports(definition, node, pool)
         self._listening = False
 
     def _with(self, frontend: str) -> dict[str, Volume]:
@@ -35,10 +41,20 @@ class Exports:
         }  # fmt: skip
 
     async def listen(self) -> None:
-        """Accept NBD hosts, if the node has an address for them. Raises UsageError."""
-        if self._node.nbd is not None and not self._listening:
+        """Accept hosts where the node has addresses for them. Raises UsageError."""
+        if self._listening:
+            return
+        self._listening = True
+        if self._node.nbd is not None:
             await self._nbd.listen(self._node.nbd.host, self._node.nbd.port)
-            self._listening = True
+        if self._iscsi is not None:
+            await self._iscsi.listen()
+
+    def settle(self, *, failed: bool, following: bool) -> None:
+        """Tell what is published whether it is served or not: at each tick. ``failed``: the node's pairs are; its
+        plain volumes are not. ``following``: another node serves."""
+        if self._iscsi is not None:
+            self._iscsi.settle(self.volumes, failed=failed, following=following)
 
     def handlers(self) -> dict[str, Handler]:
         """Their control commands."""
@@ -80,15 +96,21 @@ class Exports:
             "active": active,
             "attached": self._attached().get(name),
             "nbd": f"nbd://{nbd}/{name}" if has_nbd else None,
+            "iscsi": self._iscsi.entry(name) if self._iscsi is not None else None,
         }
 
     def sessions(self) -> list[dict[str, Any]]:
-        """NBD connections."""
-        return [
-            {"peer": s.peer, "volume": s.export, "requests": s.requests, "in_flight": s.in_flight}
+        """NBD connections and iSCSI sessions."""
+        nbd = [
+            {
+                "frontend": "nbd", "peer": s.peer, "volume": s.export, "requests": s.requests,
+                "in_flight": s.in_flight,
+            }
             for s in self._nbd.sessions()
-        ]
+        ]  # fmt: skip
+        return nbd + (self._iscsi.sessions() if self._iscsi is not None else [])
 
     async def close(self) -> None:
-        """Undo loop devices, end NBD sessions."""
-        await asyncio.gather(self._nbd.close(), *([self._loop.close()] if self._loop is not None else []))
+        """Undo loop devices, end sessions."""
+        others = [each.close() for each in (self._loop, self._iscsi) if each is not None]
+        await asyncio.gather(self._nbd.close(), *others)
