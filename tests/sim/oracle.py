@@ -226,6 +226,7 @@ class Oracle(Watcher):
             for key in [key for key in self._snapshots if key[1] * SNAPSHOT_EVERY >= keep]:
                 del self._snapshots[key]
         if isinstance(role, Secondary):
+            self._forget_what_a_takeover_discarded(process.name, role)
             self._check_prepared(process.name, role)
             if process.host is not None:  # how far its S-VOLs are ahead of what it knows
                 self.applied_at[process.name] = max(self.applied_at.get(process.name, 0), process.host.role.validated)
@@ -331,11 +332,14 @@ class Oracle(Watcher):
     def _check_secondary(self, name: str, role: Secondary) -> None:
         if role.phase is SecondaryPhase.FAILED:
             return
+        self._forget_what_a_takeover_discarded(name, role)
+        demand(role.applied <= role.validated <= role.held, f"{name}: applied <= validated <= held")
+        self.applied_at[name] = max(self.applied_at.get(name, 0), role.applied)
+
+    def _forget_what_a_takeover_discarded(self, name: str, role: Secondary) -> None:
         if role.state.rolling:
             for marks in (self.prepared, self.validated_at, self.applied_at):
                 marks[name] = min(marks.get(name, 0), role.state.number)
-        demand(role.applied <= role.validated <= role.held, f"{name}: applied <= validated <= held")
-        self.applied_at[name] = max(self.applied_at.get(name, 0), role.applied)
 
     def check_images(self, processes: dict[str, Process]) -> None:
         """P-VOLs equal the writes in order; S-VOLs equal image(applied)."""
