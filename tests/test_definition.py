@@ -54,7 +54,7 @@ def test_ids_are_places_in_the_file_unless_given(tmp_path: Path) -> None:
 
 def test_the_group_id_is_derived_from_the_name_or_taken_from_the_file(tmp_path: Path) -> None:
     derived = load(DEMO).group_id
-    assert derived == load(changed(tmp_path, ("7110", "7111"))).group_id
+    assert derived == load(changed(tmp_path, ("7110", "7119"))).group_id
     assert derived != load(changed(tmp_path, ('name = "demo"', 'name = "other"'))).group_id
     given = uuid.UUID("8c5e0a51-0f0e-4d0e-9d5f-1f1c9d0a0b01")
     assert load(changed(tmp_path, ("[group]", f'[group]\nid = "{given}"'))).group_id == given
@@ -161,7 +161,9 @@ WRONG = [
     ('journal = "256MiB"', 'journal = "8MiB"', "$.group.journal", "too small for 2 primaries", "16777216"),
     ('journal = "256MiB"', "journal = 1048577", "$.group.journal", "no multiple of 4096", "1048576"),
     ("[group]", '[group]\nmode = "volumes"', "$.group.mode", "not there yet", ""),
-    ("[group]", '[group]\nfence = "never"', "$.group.fence", "not there yet", ""),
+    ("[group]", '[group]\nbitmap_block = "3KiB"', "$.group.bitmap_block", "power of two", "64KiB"),
+    ("[group]", '[group]\nbitmap_block = "2MiB"', "$.group.bitmap_block", "power of two", "64KiB"),
+    ("[group]", '[group]\non_full = "wait"', "$.group.on_full", "unknown value", "suspend, block"),
     ("[group]", '[group]\nid = "8c5e"', "$.group.id", "UUID", "leave the id out"),
     ("[group]", "policy = {hold_s = nan}\n[group]", "$.policy.hold_s", "above 0", ""),
     ("[group]", "policy = {link_timeout_s = 1}\n[group]", "$.policy.link_timeout_s", "twice heartbeat_s", ""),

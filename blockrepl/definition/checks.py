@@ -16,6 +16,7 @@ from blockrepl.errors import DefinitionError
 NAME_PATTERN = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
 MIN_JOURNAL_BYTES = 1 << 20
 RING_PER_PRIMARY_BYTES = 8 << 20  # see node.base.max_write_bytes
+MIN_BITMAP_BLOCK_BYTES, MAX_BITMAP_BLOCK_BYTES = 4 << 10, 1 << 20
 MAX_VOLUME_BYTES = 1 << 62  # offsets are signed 64 bits in every system call
 MAX_ID = (1 << 16) - 1
 
@@ -45,12 +46,10 @@ def _group_problems(definition: Definition) -> Iterator[Problem]:
             )
     if group.mode != "journal":
         yield "group.mode", f'the mode "{group.mode}" is not there yet', 'write mode = "journal", or leave it out'
-    if group.fence != "data":
-        yield (
-            "group.fence",
-            f'the fence level "{group.fence}" is not there yet',
-            'write fence = "data", or leave it out',
-        )
+    block = group.bitmap_block
+    if not MIN_BITMAP_BLOCK_BYTES <= block <= MAX_BITMAP_BLOCK_BYTES or block & (block - 1):
+        text = f"must be a power of two from 4 KiB to 1 MiB, is {block} bytes"
+        yield "group.bitmap_block", text, 'write bitmap_block = "64KiB", or leave it out'
 
 
 def _primaries(definition: Definition) -> str:
@@ -60,7 +59,7 @@ def _primaries(definition: Definition) -> str:
 
 def _policy_problems(definition: Definition) -> Iterator[Problem]:
     policy = definition.policy
-    for key in ("heartbeat_s", "link_timeout_s", "hold_s", "checkpoint_s"):
+    for key in ("heartbeat_s", "link_timeout_s", "hold_s", "lease_s", "checkpoint_s"):
         value = getattr(policy, key)
         if not math.isfinite(value) or value <= 0:
             yield f"policy.{key}", f"must be a number of seconds above 0, is {value}", ""

@@ -34,6 +34,8 @@ class Group(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     secondary_journal: Size = Size(256 << 20)
     mode: Literal["journal", "volumes"] = "journal"
     fence: Literal["data", "never"] = "data"
+    on_full: Literal["suspend", "block"] = "suspend"
+    bitmap_block: Size = Size(64 << 10)
 
 
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -42,6 +44,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     heartbeat_s: float = 1.0
     link_timeout_s: float = 5.0
     hold_s: float = 30.0
+    lease_s: float = 3.0
     checkpoint_s: float = 5.0
     checkpoint_bytes: Size = Size(64 << 20)
     round_s: float = 0.01
@@ -72,7 +75,7 @@ class Node(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def address(self) -> Address:
-        """Where its peers dial; only for roles that listen."""
+        """Where its peers dial. A primary without one can be no target."""
         assert self.listen is not None, f"node {self.name} does not listen"
         return self.listen
 

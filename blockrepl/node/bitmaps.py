@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from blockrepl.bitmap import BLOCK_BYTES, Bitmap
+from blockrepl.bitmap import Bitmap
 from blockrepl.definition import Definition, Node, Volume
 from blockrepl.errors import StorageError
 from blockrepl.storage.bitmap_file import BitmapFile, BitmapIdentity
@@ -20,7 +20,7 @@ def bitmap_path(node: Node, volume: Volume) -> Path:
 
 def bitmap_identity(definition: Definition, node: Node, volume: Volume) -> BitmapIdentity:
     """Of one of them."""
-    return BitmapIdentity(definition.group_id.bytes, volume.id, node.id, volume.size_bytes, BLOCK_BYTES)
+    return BitmapIdentity(definition.group_id.bytes, volume.id, node.id, volume.size_bytes, int(definition.group.bitmap_block))
 
 
 def bitmapped(definition: Definition, node: Node) -> tuple[Volume, ...]:

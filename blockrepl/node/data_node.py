@@ -8,8 +8,8 @@ anew (ARCHITECTURE.md, "Pair life").
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from blockrepl.chunks import Chunk
@@ -22,6 +22,8 @@ from blockrepl.node.create import STATE_NAME, image_identity, image_path, images
 from blockrepl.node.data_status import source_pair, source_status, target_pair, target_status
 from blockrepl.node.exports import Exports
 from blockrepl.node.links import Listener
+from blockrepl.node.opener_run import OpenerRun
+from blockrepl.node.reform_run import ReformRun, question
 from blockrepl.node.source import Source
 from blockrepl.node.takeover_run import TakeoverRun
 from blockrepl.node.target import Target
@@ -50,7 +52,7 @@ class DataNode(NodeBase):
         self.source: Source | None = None
         self._verify_run: VerifyRun | None = None
         self._listener = Listener(self.links)
-        self._takeover: TakeoverRun | None = None
+        self._opener: OpenerRun | None = None
         if self._paired:
             self._state_file = SlotFile.open(node.directory / STATE_NAME, state_identity(definition, node))
             self._bitmaps = NodeBitmaps.open(definition, node, self.disk)
@@ -108,8 +110,8 @@ class DataNode(NodeBase):
             self.target.host.tick()
         if self.source is not None:
             self.source.tick()
-        if self._takeover is not None:
-            self._takeover.tick()
+        if self._opener is not None:
+            self._opener.tick()
         self.exports.settle(failed=self._failed(), following=self.source is None)
 
     def _failed(self) -> bool:
@@ -173,8 +175,8 @@ class DataNode(NodeBase):
         """See `links.Router`."""
         if self.source is not None and self.source.owns(link):
             self.source.message(link, kind, fields)
-        elif self._takeover is not None and self._takeover.owns(link):
-            self._takeover.message(link, kind, fields)
+        elif self._opener is not None and self._opener.owns(link):
+            self._opener.message(link, kind, fields)
         elif self.target is not None:
             self.target.message(link, kind, fields, epoch)
 
@@ -189,8 +191,8 @@ class DataNode(NodeBase):
         """See `links.Router`."""
         if self.source is not None and self.source.owns(link):
             self.source.lost(link)
-        elif self._takeover is not None and self._takeover.owns(link):
-            self._takeover.lost(link)
+        elif self._opener is not None and self._opener.owns(link):
+            self._opener.lost(link)
         elif self.target is not None:
             self.target.host.lost(link)
 
@@ -204,26 +206,46 @@ class DataNode(NodeBase):
     # control
 
     def handlers(self) -> dict[str, Handler]:
-        return {**self.exports.handlers(), "takeover": self._take_over, "verify": self._verify}
+        return {**self.exports.handlers(), "takeover": self._take_over, "reform": self._reform, "verify": self._verify}
 
     async def _take_over(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        if self.target is None or self.source is not None:
+        state = self.target.host.role.state if self.target is not None else None
+        if state is None or (state.active and not state.rolling):  # one that has taken over may finish what it led
             raise UsageError(
                 f"{self.node.name} is no secondary now: its volumes are the source of the copy",
                 hint="run takeover at the other site: see `blockrepl status`",
             )
-        if self._takeover is not None:
-            raise UsageError("a takeover is under way here", hint="wait for it")
-        self._takeover = TakeoverRun(self.definition, self.node, self.links, self.clock, progress)
-        try:
-            return await self._takeover.run(
+        run = TakeoverRun(self.definition, self.node, self.links, self.clock, progress)
+        with self._opening(run):
+            return await run.run(
                 dry_run=bool(args.get("dry_run")),
                 force=bool(args.get("force")),
                 writable=not args.get("read_only"),
-                new_id=lambda: os.urandom(16),
             )
+
+    async def _reform(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        if not self._active:
+            raise UsageError(
+                f"{self.node.name} is not the source of a copy: it has not taken over",
+                hint="run this at the site that serves the volumes: see `blockrepl status`",
+            )
+        asked = question(
+            self.definition, self.node, replaced=str(args.get("node") or ""), force=bool(args.get("force")),
+            verify=bool(args.get("verify")),
+        )  # fmt: skip
+        run = ReformRun(self.definition, self.node, self.links, self.clock, progress)
+        with self._opening(run):
+            return await run.run(asked, dry_run=bool(args.get("dry_run")))
+
+    @contextlib.contextmanager
+    def _opening(self, run: OpenerRun) -> Iterator[None]:
+        if self._opener is not None:
+            raise UsageError("a takeover or a swap is under way here", hint="wait for it")
+        self._opener = run
+        try:
+            yield
         finally:
-            self._takeover = None
+            self._opener = None
 
     async def _verify(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
         if self._verify_run is None:

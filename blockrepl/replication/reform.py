@@ -88,6 +88,11 @@ class Reform:
         return self.machine.state
 
     @property
+    def open(self) -> bool:
+        """It has not ended."""
+        return self.machine.state in OPEN
+
+    @property
     def peers(self) -> list[int]:
         """The host dials these, and says `unreachable` of those that fail."""
         return self.calls.peers

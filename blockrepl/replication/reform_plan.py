@@ -112,7 +112,7 @@ def _nothing_to_do(question: Question, data: Promises, intermediate: dict[str, A
         return None
     return Refused(
         "nothing is to be formed anew: this side is the source already, and all work in one epoch",
-        "to swap the sites: `blockrepl takeover` at the other one first, or `blockrepl pair resync --swap`, which does both",
+        "to swap the sites: blockrepl pair resync --swap; it takes over at the other site first",
     )
 
 

@@ -37,6 +37,7 @@ from blockrepl.replication.secondary_epochs import Epochs
 from blockrepl.replication.secondary_epochs import Phase as Phase
 from blockrepl.replication.splitting import Splitting
 
+_OPENERS = (LinkRole.OPENER, LinkRole.REFORMER)
 _CONTROL = int(RecordKind.START)  # START, END: kinds from here on
 
 
@@ -170,7 +171,7 @@ class Secondary:
         if problem is not None:
             return [self._refuse(link, *problem)]
         actions: list[Action] = []
-        if fields["role"] == LinkRole.OPENER:
+        if fields["role"] in _OPENERS:
             self._openers.add(link)
         else:
             if self.link:
@@ -195,7 +196,7 @@ class Secondary:
             return problem
         if self.phase is Phase.FAILED:
             return Refusal.STATE, self.reason
-        if fields["role"] == LinkRole.OPENER:
+        if fields["role"] in _OPENERS:
             if fields["node"] not in self.peers:
                 return Refusal.NODE, f"node {fields['node']} opens no epochs in this group"
             return None

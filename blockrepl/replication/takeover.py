@@ -119,6 +119,11 @@ class Takeover:
         """Where it is."""
         return self.machine.state
 
+    @property
+    def open(self) -> bool:
+        """It has not ended."""
+        return self.machine.state in OPEN
+
     # peers
 
     def connected(self, link: int, node: int, nonce: bytes) -> list[Action]:
