@@ -20,7 +20,9 @@ def bitmap_path(node: Node, volume: Volume) -> Path:
 
 def bitmap_identity(definition: Definition, node: Node, volume: Volume) -> BitmapIdentity:
     """Of one of them."""
-    return BitmapIdentity(definition.group_id.bytes, volume.id, node.id, volume.size_bytes, int(definition.group.bitmap_block))
+    return BitmapIdentity(
+        definition.group_id.bytes, volume.id, node.id, volume.size_bytes, int(definition.group.bitmap_block)
+    )
 
 
 def bitmapped(definition: Definition, node: Node) -> tuple[Volume, ...]:
