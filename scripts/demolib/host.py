@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from scripts.demolib.errors import DemoError
-from scripts.demolib.group import ROOT, Group
+from scripts.demolib.group import ROOT
 from scripts.demolib.process import Background, attempt, environment, run
 from tests.demo.nbd_client import NbdVolume
 from tests.demo.records import RECORD_BYTES, Ledger, Verdict, blocks, found, judge
@@ -39,12 +39,24 @@ def _verify_options() -> tuple[str, ...]:
     return ("--verify_header_seed=0", "--verify_write_sequence=0") if newer else ()
 
 
+class Served(Protocol):
+    """A group, as its hosts know it."""
+
+    home: Path
+
+    def attach(self, volume: str) -> str:
+        """The volume's loop device, where it is active."""
+
+    def nbd_uri(self, volume: str, *, secondary: bool) -> str:
+        """Where hosts find it."""
+
+
 class Host(ABC):
     """Uses both volumes at the primary site, and after the takeover at the secondary site."""
 
     load_patience_s = PATIENCE_S
 
-    def __init__(self, group: Group, say: Callable[[str], None]) -> None:
+    def __init__(self, group: Served, say: Callable[[str], None]) -> None:
         self.group = group
         self.say = say
         self.run_id = os.urandom(16)
@@ -163,7 +175,7 @@ class Host(ABC):
 class FileHost(Host):
     """File systems on loop devices."""
 
-    def __init__(self, group: Group, say: Callable[[str], None]) -> None:
+    def __init__(self, group: Served, say: Callable[[str], None]) -> None:
         super().__init__(group, say)
         self._devices: dict[str, str] = {}
 

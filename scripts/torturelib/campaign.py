@@ -16,8 +16,10 @@ from blockrepl.errors import BlockreplError
 from scripts.demolib.errors import DemoError
 from scripts.demolib.host import why_no_loop
 from scripts.interrupts import uninterrupted
+from scripts.torturelib import postgres
 from scripts.torturelib.disks import Disks, Platters
 from scripts.torturelib.errors import BrokenPromiseError, TortureError
+from scripts.torturelib.file_life import database_server, file_systems
 from scripts.torturelib.group import NODES, Group
 from scripts.torturelib.life import Life, Round
 from scripts.torturelib.network import Lines, Namespaces, Network
@@ -27,6 +29,9 @@ MOST_STORMS = 4
 JOURNAL, SMALL_JOURNAL = "64MiB", "24MiB"
 
 
+HOSTS_WITH_FILES = {"files": file_systems, "postgres": database_server}
+
+
 @dataclass
 class Means:
     """What this machine allows."""
@@ -34,11 +39,16 @@ class Means:
     home: Path
     why_no_namespaces: str
     why_no_loop: str
+    why_no_postgres: str
 
     @classmethod
     def here(cls, home: Path, why_no_namespaces: str) -> Means:
         """Found out."""
-        return cls(home, why_no_namespaces, why_no_loop())
+        return cls(home, why_no_namespaces, why_no_loop(), postgres.why_not() or why_no_loop())
+
+    def why_not(self, kind: str) -> str:
+        """Why a life of this kind cannot be had; empty if it can."""
+        return {"power": self.why_no_loop, "files": self.why_no_loop, "postgres": self.why_no_postgres}.get(kind, "")
 
     def network(self) -> Network:
         """As good as can be had."""
@@ -47,18 +57,18 @@ class Means:
     def __str__(self) -> str:
         network = f"proxies ({self.why_no_namespaces})" if self.why_no_namespaces else "network namespaces"
         loop = f"no file systems, no power loss ({self.why_no_loop})" if self.why_no_loop else "loop devices"
-        return f"{network}; {loop}"
+        return "; ".join(filter(None, (network, loop, self.why_no_postgres)))
 
 
 class Campaign:
     """Performs rounds; `rounds` holds what they saw."""
 
-    KINDS: ClassVar[tuple[str, ...]] = ("kills", "power", "small")
+    KINDS: ClassVar[tuple[str, ...]] = ("power", "files", "kills", "postgres", "small")
 
     def __init__(
         self, means: Means, seed: int, only: str | None, keep: Path | None, *, verbose: bool, bug: str
     ) -> None:
-        kinds = [kind for kind in self.KINDS if kind != "power" or not means.why_no_loop]
+        kinds = [kind for kind in self.KINDS if not means.why_not(kind)]
         if only is not None and only not in kinds:
             raise TortureError(f"no life of kind {only} here: {', '.join(kinds)} ({means})", 2)
         self._means = means
@@ -94,6 +104,10 @@ class Campaign:
         with self._group(kind) as group:
             group.create()
             group.start()
+            if kind in HOSTS_WITH_FILES:
+                life = Life(group, chance, volumes=["index"])
+                self._round(group, life, lambda: HOSTS_WITH_FILES[kind](life, chance.uniform(*STORM_S)))
+                return
             life = Life(group, chance)
             for _ in range(chance.randint(1, MOST_STORMS)):
                 if not self._done():

@@ -204,7 +204,7 @@ class Life:
         with self.load(round_) as load:
             time.sleep(self.chance.uniform(0.2, 1.5))
             self._strike(kind, round_)
-            result = self._take_over(round_)
+            result = self.take_over(round_)
             group.network.heal()
             time.sleep(self.chance.uniform(0.0, 1.0))  # hosts of an old site that lives go on trying
             load.ending.set()
@@ -237,13 +237,13 @@ class Life:
             text = f"power cut everywhere ({loss}), only the secondaries come back"
             group.start(*SECONDARIES, wait=False)
             group.wait_for(lambda: all(map(group.status, SECONDARIES)), "the secondaries answer")
-        self._tell(round_, text)
+        self.tell(round_, text)
 
-    def _tell(self, round_: Round, text: str) -> None:
+    def tell(self, round_: Round, text: str) -> None:
         round_.faults.append(text)
         self.group.say(text)
 
-    def _take_over(self, round_: Round) -> dict[str, Any]:
+    def take_over(self, round_: Round) -> dict[str, Any]:
         """Often the first attempt is killed in its middle; then it is repeated, led by any secondary."""
         group = self.group
         if self.chance.random() < 0.4:
@@ -253,7 +253,7 @@ class Life:
             time.sleep(self.chance.uniform(0.0, 0.25))
             group.kill([victim])
             first.join()
-            self._tell(round_, f"kill -9 {victim} in the middle of a takeover led by {leader}")
+            self.tell(round_, f"kill -9 {victim} in the middle of a takeover led by {leader}")
             group.start(victim, wait=False)
             group.wait_for(lambda: group.status(victim), f"{victim} answers")
         return dict(group.wait_for(lambda: self._attempt(self.chance.choice(SECONDARIES)), "a takeover succeeds"))
@@ -270,13 +270,13 @@ class Life:
         group = self.group
         if group.disks.lose_power:  # what the takeover said is durable
             loss = group.cut_power(SECONDARIES, str(self.chance.random()))
-            self._tell(round_, f"after the takeover, power cut at s1 s2: {loss}")
+            self.tell(round_, f"after the takeover, power cut at s1 s2: {loss}")
             group.start(*SECONDARIES)
             self.check(round_, secondary=True, may_lose=False)
         with self.load(round_):
             time.sleep(self.chance.uniform(0.1, 1.0))
             victims = self.chance.choice((["s1"], ["s2"], list(SECONDARIES)))
-            self._tell(round_, f"after the takeover, kill -9 {' '.join(victims)}")
+            self.tell(round_, f"after the takeover, kill -9 {' '.join(victims)}")
             group.kill(victims)
             group.start(*victims)
         self.check(round_, secondary=True, may_lose=False)
@@ -286,7 +286,7 @@ class Life:
         """It learns that it is fenced, and lets no host in."""
         group = self.group
         group.start(wait=False)
-        self._tell(round_, "the old site comes back")
+        self.tell(round_, "the old site comes back")
         for node in PRIMARIES:
             group.wait_for(partial(self._fenced, node), f"{node} says that it is fenced")
         for name, (primary, _) in PLACES.items():
