@@ -69,7 +69,7 @@ class DataNode(NodeBase):
         return self.target is not None and self.target.host.role.state.active
 
     def _become_source(self) -> None:
-        self.source = Source(self, self.exports, self._paired, self._images, self._state_file)
+        self.source = Source(self, self.exports, self._paired, self._images, self._state_file, self._bitmaps)
         self._verify_run = VerifyRun(self.source.host)
 
     # life
@@ -162,6 +162,8 @@ class DataNode(NodeBase):
                 volume.stop(str(error))
         if self.target is not None:
             self.target.host.fail(str(error))
+        if self.source is not None:
+            self.source.host.fail(str(error))
 
     # links
 

@@ -20,6 +20,9 @@ from blockrepl.replication.actions import (
     DigestBlocks,
     Digested,
     FailBatch,
+    ReadBlocks,
+    Reformed,
+    SaveBits,
     SaveState,
     StoreBatch,
     StoreRecord,
@@ -31,6 +34,8 @@ MAX_ATOMIC_BYTES = 1 << 20
 
 SaveBlob = Callable[[bytes, Callable[[], None]], None]
 """Write a state blob durably, then call back on the loop; raises StorageError."""
+SaveBitmaps = Callable[[Callable[[], None]], None]
+"""Make every bitmap of the node durable, then call back on the loop; raises StorageError."""
 
 
 class PrimaryHost(Host):
@@ -41,6 +46,7 @@ class PrimaryHost(Host):
         role: Primary,
         images: Mapping[int, Image],
         save_blob: SaveBlob,
+        save_bits: SaveBitmaps,
         disk: Disk,
         links: Links,
         clock: Clock,
@@ -52,7 +58,10 @@ class PrimaryHost(Host):
         self.images = images
         self.disk = disk
         self.on_digested: Callable[[dict[str, Any]], None] = lambda _fields: None
+        self.on_reformed: Callable[[], None] = lambda: None
+        self.copied_bytes = 0  # of P-VOLs read for copies
         self._save_blob = save_blob
+        self._save_bits = save_bits
         self._sync = VolumeSync(images, disk, workers)
         self._waiting: list[Callable[[], None]] = []
         self._performers |= {
@@ -62,6 +71,9 @@ class PrimaryHost(Host):
             SyncVolumes: self._sync_volumes,
             SaveState: self._save,
             DigestBlocks: self._digest_blocks,
+            ReadBlocks: self._read_blocks,
+            SaveBits: self._save_bitmaps,
+            Reformed: lambda _action: self.on_reformed(),
             Digested: self._digested,
         }
 
@@ -180,6 +192,29 @@ class PrimaryHost(Host):
 
         offset, length = action.offset_bytes, action.length_bytes
         self.workers.run(lambda: digest_range(image, offset, length, VERIFY_BLOCK_BYTES), done)
+
+    def _read_blocks(self, action: ReadBlocks) -> None:
+        image, data = self.images[action.volume], bytearray(action.length_bytes)
+
+        def done(_: Any, error: Exception | None) -> None:
+            if error is not None:
+                self.fail(f"cannot read volume {action.volume}: {error}")
+            else:
+                self.copied_bytes += len(data)
+                self.perform(self.role.blocks_read(action.token, data, self.clock.now_s()))
+                self.settle()
+
+        self.workers.run(lambda: image.read(action.offset_bytes, memoryview(data)), done)
+
+    def _save_bitmaps(self, action: SaveBits) -> None:
+        def saved() -> None:
+            self.perform(self.role.done(action.token, self.clock.now_s()))
+            self.settle()
+
+        try:
+            self._save_bits(saved)
+        except StorageError as error:
+            self.perform(self.role.failed(str(error)))
 
     def _digested(self, action: Digested) -> None:
         self.on_digested(action.fields)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -14,7 +15,8 @@ from blockrepl.formats.link import Message
 from blockrepl.formats.record import decode_record
 from blockrepl.formats.state import decode_primary, encode_primary
 from blockrepl.node.asyncio_ports import log_event
-from blockrepl.node.base import NodeBase, max_write_bytes, policy_of
+from blockrepl.node.base import LAST_SAVE_S, NodeBase, max_write_bytes, policy_of
+from blockrepl.node.bitmaps import NodeBitmaps
 from blockrepl.node.exports import Exports
 from blockrepl.node.links import Dialler
 from blockrepl.node.primary_host import PrimaryHost, PrimaryVolume
@@ -28,13 +30,14 @@ class Source:
 
     def __init__(
         self, owner: NodeBase, exports: Exports, volumes: list[Volume], images: Mapping[int, ImageFile],
-        state_file: SlotFile,
+        state_file: SlotFile, bitmaps: NodeBitmaps,
     ) -> None:  # fmt: skip
         self._owner = owner
         self._exports = exports
         self.volumes = volumes
         self._images = images
         self._state_file = state_file
+        self._bitmaps = bitmaps
         state_file.on_failed = lambda error: self.host.fail(str(error))
         self.host = self._make_host()
         self._dialler: Dialler | None = None
@@ -45,6 +48,7 @@ class Source:
         definition = owner.definition
         state = decode_primary(self._state_file.payload)
         state.incarnation += 1
+        clean, state.clean = state.clean, False
         self._state_file.save_now(encode_primary(state))
         role = Primary(
             group=definition.group_id.bytes,
@@ -54,10 +58,14 @@ class Source:
             streams={volume.id: definition.end(volume, 1 - node.site).id for volume in self.volumes},
             state=state,
             policy=policy_of(definition),
+            bitmaps=self._bitmaps.bitmaps,
+            clean=clean,
         )
         images = {volume.id: self._images[volume.id] for volume in self.volumes}
         save = partial(self._state_file.save, owner.disk)
-        return PrimaryHost(role, images, save, owner.disk, owner.links, owner.clock, owner.workers, log_event)
+        return PrimaryHost(
+            role, images, save, self._bitmaps.save, owner.disk, owner.links, owner.clock, owner.workers, log_event
+        )  # fmt: skip
 
     # life
 
@@ -67,9 +75,13 @@ class Source:
         self._dialler = Dialler(self._owner.links, address.host, address.port, self._connected, "intermediate")
 
     async def close(self) -> None:
-        """Hosts are gone; what they did not wait for stays in the queue, and is theirs to lose."""
+        """Hosts are gone; what they did not wait for stays in the queue, and is theirs to lose. Bits are stored."""
         if self._dialler is not None:
             await self._dialler.close()
+        stored = asyncio.Event()
+        self.host.perform(self.host.role.suspension.close(stored.set))
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stored.wait(), LAST_SAVE_S)
 
     def tick(self) -> None:
         """Time passes."""

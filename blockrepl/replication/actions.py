@@ -103,7 +103,7 @@ class Forget:
 
 @dataclass(slots=True)
 class Reformed:
-    """The state says another group now: the node builds this role anew from it."""
+    """The state says another group now: the node builds this role anew from it, or goes on with it."""
 
 
 @dataclass(slots=True)
@@ -254,6 +254,16 @@ class DigestBlocks:
 
 
 @dataclass(slots=True)
+class ReadBlocks:
+    """Read a range of a P-VOL, to be copied; answered by `blocks_read(token, data)`."""
+
+    volume: int
+    offset_bytes: int
+    length_bytes: int
+    token: int
+
+
+@dataclass(slots=True)
 class Digested:
     """The secondary has compared a digest record; ``fields`` as in link message DIGESTED."""
 
@@ -271,5 +281,6 @@ class Event:
 Action = (
     Send | Close | Append | AppendNote | SyncJournal | SaveState | Transmit | Replay | Trim | Truncate | Apply
     | HaltApply | OpenUndo | RestoreUndo | DropUndo | Withdraw | Publish | BecomeSource | SaveBits | MarkJournal
-    | CopyOwn | Forget | Reformed | SyncVolumes | StoreBatch | StoreRecord | FailBatch | DigestBlocks | Digested | Event
+    | CopyOwn | Forget | Reformed | SyncVolumes | StoreBatch | StoreRecord | FailBatch | DigestBlocks | ReadBlocks
+    | Digested | Event
 )  # fmt: skip

@@ -21,6 +21,9 @@ class PendingRecord:
     frame_bytes: int
     since_s: float
     failed: bool = False  # the host was told that it failed; its fate is open
+    kind: int = 1  # RecordKind
+    copy: tuple[int, int] | None = None  # a COPY record: (volume, offset)
+    digest: tuple[int, int] | None = None  # a digest record of a resync: (volume, offset)
 
 
 class PendingQueue:
@@ -62,6 +65,14 @@ class PendingQueue:
         """The link is gone: everything sent will be sent again."""
         self.unsent.extendleft(reversed(self.sent))
         self.sent.clear()
+
+    def take_all(self) -> list[PendingRecord]:
+        """Empty both queues; in batch order."""
+        records = list(self)
+        self.sent.clear()
+        self.unsent.clear()
+        self.size_bytes = self.failed = 0
+        return records
 
     def expire(self, before_s: float) -> list[PendingRecord]:
         """Mark and return the records that wait since before ``before_s``."""

@@ -166,7 +166,7 @@ def test_6_nothing_is_sent_beyond_the_credit_and_the_rest_goes_when_it_rises() -
     role = live(primary(), credit=4096)
     assert words(role.submit(1, write(), 0.0)) == ["BATCH"]
     assert words(role.submit(1, write(), 0.0)) == []
-    beat = {"stamp_ns": 1, "echo_ns": 0, "numbered": 0, "validated": 0, "applied": 0, "credit": 8192}
+    beat = {"stamp_ns": 1, "echo_ns": 0, "numbered": 0, "validated": 0, "applied": 0, "credit": 8192, "pair": 2}
     assert words(role.received(1, Message.HEARTBEAT, beat, 0.0)) == ["BATCH"]
 
 

@@ -349,6 +349,11 @@ class PrimaryProcess(Process):
         for volume, (primary, _, size) in self.layout.volumes.items():
             if primary == self.name:
                 self.machine.files[f"volume {volume}"] = SimFile(size)
+        SimBitmaps.make(self, "bits", self._sizes)
+
+    @property
+    def _sizes(self) -> dict[int, int]:
+        return {volume: self.layout.volumes[volume][2] for volume in self.volume_ids}
 
     @property
     def volume_ids(self) -> list[int]:
@@ -364,13 +369,15 @@ class PrimaryProcess(Process):
         state_file.file = file
         state = decode_primary(payload)
         state.incarnation += 1
+        clean, state.clean = state.clean, False
         self.effect()
         state_file.save_now(encode_primary(state))
         layout = self.layout
+        bits = SimBitmaps(self, "bits", self._sizes)
         role = Primary(
             group=GROUP, node=self.node_id, name=self.name, intermediate=layout.intermediate[1],
             streams={v: layout.secondaries[layout.volumes[v][1]] for v in self.volume_ids},
-            state=state, policy=layout.policy,
+            state=state, policy=layout.policy, bitmaps=bits.bitmaps, clean=clean,
         )  # fmt: skip
         self.watcher.recovered(self, [], role)
         images = {v: SimImage(self.machine.files[f"volume {v}"], self) for v in self.volume_ids}
@@ -382,7 +389,10 @@ class PrimaryProcess(Process):
 
         role.queue.add = note  # type: ignore[method-assign]
         save = partial(state_file.save, self.disk)  # type: ignore[arg-type]
-        host = PrimaryHost(role, images, save, self.disk, self.links, self.machine.clock, self.workers, self.log)
+        host = PrimaryHost(
+            role, images, save, bits.save, self.disk, self.links, self.machine.clock, self.workers, self.log
+        )  # fmt: skip
+        bits.on_failed = lambda error: host.fail(str(error))
         state_file.on_failed = lambda error: host.fail(str(error))
         self.volumes = {v: PrimaryVolume(host, v, str(v), images[v], BLOCK, 1 << 16) for v in self.volume_ids}
         return host
