@@ -130,8 +130,10 @@ def _limits(unit: LogicalUnit, nexus: Nexus) -> bytes:
             "max_prefetch": limits.MAX_PREFETCH_BYTES // block,
             "max_unmap": limits.MAX_UNMAP_BLOCKS,
             "max_unmap_descriptors": limits.MAX_UNMAP_DESCRIPTORS,
-            "unmap_granularity": page,
-            "unmap_alignment": layout.UGAVALID,
+            # A single block goes without saying. QEMU 7.2 takes 4 KiB for a cluster to be looked up by GET LBA STATUS,
+            # and then fails its own assertion where that is the block size (block/iscsi.c, iscsi_co_block_status).
+            "unmap_granularity": page if page > 1 else 0,
+            "unmap_alignment": layout.UGAVALID if page > 1 else 0,
             "max_write_same": limits.MAX_WRITE_SAME_BYTES // block,
             "max_atomic": atomic,
             "atomic_alignment": 0,
