@@ -130,7 +130,7 @@ def down(
 
 
 def ls(target: Target = None, file: File = None, as_json: Json = False) -> None:
-    """List nodes, volumes, exports and attached devices."""
+    """List nodes, volumes, exports, attached devices, the iSCSI target and sessions."""
     from blockrepl.cli.listing import describe, print_listing
 
     definitions = [find(target, file)] if target or file else _known()
