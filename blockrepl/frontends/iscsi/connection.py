@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 from blockrepl.chunks import Chunk
 from blockrepl.formats.iscsi import BHS_BYTES, LENGTHS, MAX_AHS_BYTES, MAX_SEGMENT_BYTES, padded
+from blockrepl.frontends.iscsi.execution import Output
 from blockrepl.frontends.iscsi.login import Login, State
 from blockrepl.frontends.iscsi.pdu import LOGIN_SEGMENT_BYTES
-from blockrepl.frontends.iscsi.session import Output, Session
+from blockrepl.frontends.iscsi.session import Session
 
 MAX_LOGIN_BYTES = BHS_BYTES + MAX_AHS_BYTES + LOGIN_SEGMENT_BYTES
 

@@ -7,10 +7,8 @@ completed at once. Sources: RFC 7143, 4.2.2 (CmdSN window), 4.2.5 (data), 11.
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from blockrepl.block import Buffer
 from blockrepl.chunks import Chunk, ChunkPool
@@ -33,15 +31,13 @@ from blockrepl.formats.iscsi import (
 )
 from blockrepl.frontends.iscsi.answers import MASK, Answers
 from blockrepl.frontends.iscsi.discovery import Portals, TextExchange
+from blockrepl.frontends.iscsi.execution import Execution, Output
 from blockrepl.frontends.iscsi.login import Request
 from blockrepl.frontends.iscsi.management import Management
 from blockrepl.frontends.iscsi.pdu import Framing, FramingError, Pdu, extended
 from blockrepl.frontends.iscsi.task import DeviceServer, Event, EventKind, Nexus, Task
 from blockrepl.frontends.iscsi.transfers import CHECK_CONDITION, Transfers
 
-QUEUED_LIMIT_BYTES = 1 << 18  # bytes the initiator did not take yet: above, nothing is executed and nothing received
-HELPING_BYTES = 1 << 20  # of Data-In begun at once
-IN_FLIGHT_BYTES = 16 << 20  # of Data-In that tasks may be about to bring
 MAX_IMMEDIATE = 32  # immediate commands at a time
 SILENT_TICKS = 3  # without input, then we ask; as many again, then the connection is dead
 _COMMAND, _DATA_OUT = int(Opcode.SCSI_COMMAND), int(Opcode.DATA_OUT)
@@ -50,19 +46,6 @@ _KIND = 0xFF & ~_ATTRIBUTE
 _PLAIN_READ, _PLAIN_WRITE, _PLAIN = FINAL | CommandFlag.READ, FINAL | CommandFlag.WRITE, FINAL
 
 logger = logging.getLogger(__name__)
-
-
-class Output(Protocol):
-    """What a session needs of `blockrepl.stream.Stream`."""
-
-    queued_bytes: int
-    closed: bool
-
-    def send(self, buffers: Sequence[Buffer], chunk: Chunk | None = None) -> None: ...
-    def pause(self) -> None: ...
-    def resume(self) -> None: ...
-    def finish(self) -> None: ...
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +63,7 @@ class Surroundings:
 class Session:
     """``ended`` is called once. ``nexus`` is None in a discovery session, which has no SCSI.
 
-    Invariants: ``_active`` has the tag of every task received and not answered; of these, a task is in exactly one
-    of the transfers, ``_ready``, the device server, or ``_completed``.
+    It takes PDUs in their order and makes tasks of them; `Execution` has the tasks from then on.
     """
 
     def __init__(
@@ -90,9 +72,7 @@ class Session:
         self.peer = peer
         self.request = request
         self.stream = stream
-        self.commands = 0
         self.violation = ""
-        self.over = False
         self.target_name = surroundings.target_name
         parameters = request.parameters
         self.nexus: Nexus | None = None
@@ -108,22 +88,15 @@ class Session:
         self._framing.max_data_bytes = parameters.max_recv_bytes
         self._parameters = parameters
         self._answers = Answers(parameters, self._framing, request.cmd_sn, request.stat_sn)
-        self._transfers = Transfers(parameters, self._answers, self._got_all, self._refuse, self._queue)
+        self._execution = Execution(surroundings.device, self._answers, stream)
+        self._transfers = Transfers(
+            parameters, self._answers, self._execution.add, self._refuse, self._execution.queue
+        )  # fmt: skip
         text = TextExchange(
             surroundings.target_name, surroundings.portals, parameters, discovery=request.discovery
         )  # fmt: skip
         self._management = Management(self, self._answers, text, surroundings.reset_all)
-        self._active: dict[int, Task] = {}
-        self._immediate: set[int] = set()  # tags of immediate commands among the active
-        self._ready: deque[Task] = deque()
-        self._ready_in_bytes = 0
-        self._executing_bytes = 0  # Data-In that tasks in the device server may bring
-        self._completed: list[Task] = []
-        self._inside = False  # completions are collected, whoever set it will answer them
         self._early: dict[int, tuple[Chunk, Pdu] | None] = {}  # by CmdSN; None: considered received
-        self._out: list[Buffer] = []
-        self._paused = False
-        self._awaits_relief = False
         self._heard = True
         self._silent_ticks = 0
         if self.nexus is not None:
@@ -132,7 +105,17 @@ class Session:
     @property
     def in_flight(self) -> int:
         """Commands received and not answered."""
-        return len(self._active)
+        return len(self._execution.active)
+
+    @property
+    def commands(self) -> int:
+        """Commands handed to the device server so far."""
+        return self._execution.commands
+
+    @property
+    def over(self) -> bool:
+        """The connection is gone, or about to be."""
+        return self._execution.over
 
     # input
 
@@ -145,18 +128,19 @@ class Session:
         except FramingError as error:
             self.violate(str(error))
             return end - start, 0
-        self._inside = True
+        self._execution.inside = True
         self._take(chunk, pdus)
-        self._inside = False
-        self._settle()
+        self._execution.inside = False
+        self._execution.settle()
         return at - start, self._framing.need
 
     def _take(self, chunk: Chunk, pdus: Sequence[Pdu]) -> None:
         """The hot loop: long on purpose. Commands that came in order, alone or with all their data, are tasks at
         once; whatever is unusual has a method."""
         buffer, view = chunk.buffer, chunk.view
-        unpack, answers, active, ready = SCSI_COMMAND.unpack_from, self._answers, self._active, self._ready
-        begins, nexus, done, luns = self._transfers.begins, self.nexus, self._done, LUNS
+        execution, answers, nexus = self._execution, self._answers, self.nexus
+        unpack, active, ready = SCSI_COMMAND.unpack_from, execution.active, execution.ready
+        begins, done, luns, immediate_limit = self._transfers.begins, execution.done, LUNS, self._immediate_limit
         closed = answers.max_cmd_sn + 1 & MASK
         for pdu in pdus:
             at, data_at, data_end, intact = pdu
@@ -168,9 +152,9 @@ class Session:
                     if kind == _PLAIN_READ:
                         if not lengths:
                             task = Task(nexus, luns.get(lun, NO_LUN), cdb, flags & _ATTRIBUTE, tag, expected, 0, done)
-                            self._ready_in_bytes += expected
+                            execution.ready_in_bytes += expected
                     elif kind == _PLAIN_WRITE:
-                        if lengths == expected <= self._immediate_limit:
+                        if lengths == expected <= immediate_limit:
                             task = Task(nexus, luns.get(lun, NO_LUN), cdb, flags & _ATTRIBUTE, tag, 0, expected, done)
                             if expected:
                                 task.data_out.append(view[data_at:data_end])
@@ -275,12 +259,11 @@ class Session:
         writes, reads = bool(flags & CommandFlag.WRITE), bool(flags & CommandFlag.READ)
         expected_in = (read_bytes if writes else expected) if reads else 0
         expected_out = expected if writes else 0
-        task = Task(
-            self.nexus, LUNS.get(lun, NO_LUN), cdb, flags & _ATTRIBUTE, tag, expected_in, expected_out, self._done
-        )  # fmt: skip
-        self._active[tag] = task
+        lun, attribute, done = LUNS.get(lun, NO_LUN), flags & _ATTRIBUTE, self._execution.done
+        task = Task(self.nexus, lun, cdb, attribute, tag, expected_in, expected_out, done)
+        self._execution.active[tag] = task
         if immediate:
-            self._immediate.add(tag)
+            self._execution.immediate.add(tag)
         self._transfers.begins(tag)
         final = bool(flags & FINAL)
         needed = min(expected_out, self._device.data_out_bytes(task.lun, cdb)) if writes else 0
@@ -290,7 +273,7 @@ class Session:
         else:
             if not final:
                 self._transfers.ignore(tag)
-            self._got_all(task)
+            self._execution.add(task)
 
     def _command_fault(
         self, flags: int, tag: int, expected: int, pdu: Pdu, *, immediate: bool
@@ -299,9 +282,9 @@ class Session:
         writes = bool(flags & CommandFlag.WRITE)
         if tag == NO_TAG:
             return RejectReason.INVALID_FIELD
-        if tag in self._active:
+        if tag in self._execution.active:
             return RejectReason.TASK_IN_PROGRESS
-        if immediate and len(self._immediate) >= MAX_IMMEDIATE:
+        if immediate and len(self._execution.immediate) >= MAX_IMMEDIATE:
             return RejectReason.IMMEDIATE
         if data_bytes and (not writes or not self._parameters.immediate_data or data_bytes > expected):
             return RejectReason.PROTOCOL_ERROR
@@ -320,180 +303,47 @@ class Session:
         if not known:
             self.reject(RejectReason.INVALID_FIELD, header)
 
-    def _got_all(self, task: Task) -> None:
-        self._ready.append(task)
-        self._ready_in_bytes += task.expected_in_bytes
-
     def _refuse(self, task: Task, sense: bytes) -> None:
         """Not for the device server: its data came wrong."""
         task.release_out()
         task.status = CHECK_CONDITION
         task.sense = sense
-        self._executing_bytes += task.expected_in_bytes
-        self._done([task])
-
-    # execution
-
-    def _run(self) -> None:
-        """Hand tasks over, as long as the initiator takes what they bring."""
-        ready = self._ready
-        while ready and not self.over:
-            if self.stream.queued_bytes >= QUEUED_LIMIT_BYTES or self._executing_bytes >= IN_FLIGHT_BYTES:
-                return
-            if self._ready_in_bytes <= HELPING_BYTES:
-                helping: Sequence[Task] = list(ready)
-                ready.clear()
-                size, self._ready_in_bytes = self._ready_in_bytes, 0
-            else:
-                helping, size = self._helping()
-            self._executing_bytes += size
-            self.commands += len(helping)
-            inside, self._inside = self._inside, True
-            self._device.execute(helping)
-            self._inside = inside
-            self._answer()
-
-    def _helping(self) -> tuple[list[Task], int]:
-        """As many tasks as bring about `HELPING_BYTES`; one at least."""
-        helping: list[Task] = []
-        size = 0
-        while self._ready and size < HELPING_BYTES:
-            task = self._ready.popleft()
-            size += task.expected_in_bytes
-            helping.append(task)
-        self._ready_in_bytes -= size
-        return helping, size
-
-    def _done(self, tasks: Sequence[Task]) -> None:
-        """Of the device server: these are complete."""
-        self._completed += tasks
-        if not self._inside:
-            self._settle()
-
-    def _settle(self) -> None:
-        """Execute what may be executed, answer what is complete, send what is queued, and see to the flow."""
-        self._run()
-        self._answer()
-        if self._paused or self.stream.queued_bytes >= QUEUED_LIMIT_BYTES or self._device.congested:
-            self._regulate()
-
-    def _answer(self) -> None:
-        """One gathered send for each buffer that holds Data-In; nearly always one for all."""
-        tasks, self._completed = self._completed, []
-        if not tasks:
-            if self._out:
-                self._flush([], None)
-            return
-        active, answers = self._active, self._answers
-        answers.max_cmd_sn = answers.max_cmd_sn + len(tasks) & MASK
-        if self._immediate:
-            self._settle_immediate(tasks)
-        held: Chunk | None = None
-        for task in tasks:
-            del active[task.tag]
-            self._executing_bytes -= task.expected_in_bytes
-            chunk = task.in_chunk
-            if task.aborted or self.over:
-                if chunk is not None:
-                    chunk.release()
-                continue
-            if chunk is not None and chunk is not held:
-                if held is not None:
-                    self._flush(answers.take(), held)
-                held = chunk
-            elif chunk is not None:
-                chunk.release()  # `held` has a use already
-            answers.task(task)
-        self._flush(answers.take(), held)
-
-    def _settle_immediate(self, tasks: Sequence[Task]) -> None:
-        """Immediate commands take no place in the window."""
-        for task in tasks:
-            if task.tag in self._immediate:
-                self._immediate.discard(task.tag)
-                self._answers.max_cmd_sn = self._answers.max_cmd_sn - 1 & MASK
+        self._execution.done_without([task])
 
     # output
-
-    def _queue(self, buffers: list[Buffer]) -> None:
-        """Send with what else this chunk of input brings about, or now."""
-        self._out += buffers
-        if not self._inside:
-            self._flush([], None)
-
-    def _flush(self, buffers: list[Buffer], chunk: Chunk | None) -> None:
-        if self._out:
-            buffers = self._out + buffers
-            self._out = []
-        if buffers or chunk is not None:
-            self.stream.send(buffers, chunk)
 
     def send(self, buffers: list[Buffer]) -> None:
         """PDUs built just now."""
         if not self.over:
-            self._queue(buffers)
+            self._execution.queue(buffers)
 
     def reject(self, reason: RejectReason, header: bytes) -> None:
         """Say that a PDU was not taken (11.17)."""
         logger.debug("iscsi %s: opcode %#x rejected: %s", self.peer, header[0], reason.name)
         self.send(self._answers.numbered(iscsi.reject, header, reason=reason))
 
-    # flow
-
     def drained(self) -> None:
         """The stream has sent everything."""
-        self._settle()
-
-    def _regulate(self) -> None:
-        if self.over:
-            return
-        congested = self._device.congested
-        if congested and not self._awaits_relief:
-            self._awaits_relief = True
-            self._device.when_relieved(self._relieved)
-        full = congested or self.stream.queued_bytes >= QUEUED_LIMIT_BYTES
-        if full != self._paused:
-            self._paused = full
-            if full:
-                self.stream.pause()
-            else:
-                self.stream.resume()
-
-    def _relieved(self) -> None:
-        self._awaits_relief = False
-        if not self.over:
-            self._settle()
+        self._execution.settle()
 
     # task management
 
     def execute_before(self) -> None:
         """What came before a management function goes first."""
-        self._run()
+        self._execution.run()
 
     def drop(self, wanted: Callable[[Task], bool]) -> int:
         """Forget tasks that the device server does not know yet; their number."""
-        dropped = self._transfers.drop(wanted)
-        kept: deque[Task] = deque()
-        for task in self._ready:
-            if wanted(task):
-                task.release_out()
-                dropped.append(task)
-                self._ready_in_bytes -= task.expected_in_bytes
-            else:
-                kept.append(task)
-        if len(kept) < len(self._ready):
-            self._ready.clear()
-            self._ready.extend(kept)
+        dropped = self._transfers.drop(wanted) + self._execution.drop_ready(wanted)
         for task in dropped:
             task.aborted = True
-            self._executing_bytes += task.expected_in_bytes
         if dropped:
-            self._done(dropped)
+            self._execution.done_without(dropped)
         return len(dropped)
 
     def is_active(self, tag: int) -> bool:
         """A task with this tag is in the device server, or about to be."""
-        return tag in self._active
+        return tag in self._execution.active
 
     @property
     def device(self) -> DeviceServer:
@@ -512,7 +362,7 @@ class Session:
         """Time has passed: is the initiator still there?"""
         if self.over:
             return
-        if self._heard or self._paused:
+        if self._heard or self._execution.paused:
             self._heard = False
             self._silent_ticks = 0
             return
@@ -536,8 +386,7 @@ class Session:
 
     def leave(self) -> None:
         """End the connection when what is queued has been sent."""
-        if self._out:
-            self._flush([], None)
+        self._execution.flush()
         self.stream.finish()
         self.end()
 
@@ -552,7 +401,7 @@ class Session:
         """The connection is gone. What the device server still has comes back later, and is let go."""
         if self.over:
             return
-        self.over = True
+        self._execution.over = True
         self._early.clear()
         self.drop(lambda task: True)
         if self.nexus is not None:

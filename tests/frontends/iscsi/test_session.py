@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from blockrepl.formats import iscsi
 from blockrepl.formats.iscsi import NO_TAG, AsyncEvent, Opcode, RejectReason
 from blockrepl.frontends.iscsi.answers import WINDOW
+from blockrepl.frontends.iscsi.execution import QUEUED_LIMIT_BYTES
 from blockrepl.frontends.iscsi.negotiate import Parameters
-from blockrepl.frontends.iscsi.session import QUEUED_LIMIT_BYTES, SILENT_TICKS
+from blockrepl.frontends.iscsi.session import SILENT_TICKS
 from blockrepl.frontends.iscsi.task import Event, EventKind, Task, TaskFunction, TaskResponse
 from tests.frontends.iscsi.initiator import INITIATOR, TARGET, Answer, Initiator, write10
 
