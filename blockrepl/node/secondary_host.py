@@ -331,7 +331,10 @@ class SecondaryHost(Host):
         self.applier.restore(lambda: self._done(action.token))
 
     def _drop_undo(self, _: DropUndo) -> None:
-        self.undo.drop()
+        try:
+            self.undo.drop()
+        except OSError as error:
+            self.fail(f"cannot truncate the undo file: {error}")
 
     def _pause(self, why: str) -> None:
         if why != self.paused:

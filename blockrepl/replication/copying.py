@@ -109,12 +109,14 @@ class Copying:
 
     # what is held
 
-    def check_start(self, head: RecordHead, number: int) -> None:
-        """Whether a START that jumps from what is held may be taken. Raises ProtocolError."""
+    def check_start(self, head: RecordHead, number: int, *, jump: bool) -> None:
+        """Whether a START may be taken that goes back to ``number``. Raises ProtocolError."""
         owner, newest = self._owner, self.newest
+        if owner.state.split:
+            raise ProtocolError(f"START {head.first}, but {owner.name} is split: REJOIN comes first")
         if head.flags & RecordFlag.INITIAL or (newest is not None and not newest.end):
             return
-        if number > owner.held:
+        if number >= head.first or (jump and number > owner.held):
             raise ProtocolError(f"START {head.first} would go back to {number}, but only {owner.held} is held here")
         if newest is None and owner.applied > number:
             raise ProtocolError(f"START {head.first} would go back to {number}, {owner.applied} is applied here")
@@ -145,8 +147,10 @@ class Copying:
     # applying
 
     def advance(self, now_s: float) -> list[Action]:
-        """Apply what is validated, as far as the next START or END; see to those."""
+        """Apply what is validated, as far as the next START or END; see to those. A split stays at its number."""
         owner = self._owner
+        if owner.state.split:
+            return []
         if not self.spans:
             return self._apply(owner.validated, undo=False) if self.stage is Stage.PLAIN else []
         span = self.spans[0]

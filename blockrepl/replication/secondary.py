@@ -16,7 +16,7 @@ from blockrepl.chunks import Chunk
 from blockrepl.errors import ProtocolError, SequenceGapError
 from blockrepl.formats.journal import frame_bytes
 from blockrepl.formats.link import LinkRole, Message, Refusal, encode
-from blockrepl.formats.record import RecordHead, RecordKind, control_number
+from blockrepl.formats.record import RecordFlag, RecordHead, RecordKind, control_number
 from blockrepl.formats.state import SecondaryState
 from blockrepl.replication.actions import (
     Action,
@@ -253,11 +253,11 @@ class Secondary:
     def _take_control(self, head: RecordHead, record: memoryview) -> None:
         """A START may jump over what was never sent here; what it skips is in bitmaps (rule 19)."""
         number = control_number(record)
-        jump = head.kind == RecordKind.START and head.previous > self.received
+        jump = bool(head.flags & RecordFlag.JUMP) and head.previous > self.received
         if head.previous != self.received and not jump:
             raise SequenceGapError(f"record {head.first} follows {head.previous}, the last one here is {self.received}")
         if head.kind == RecordKind.START:
-            self.copying.check_start(head, number)
+            self.copying.check_start(head, number, jump=jump)
         self.copying.heard(head, number)
 
     def received_message(self, link: int, kind: int, fields: dict[str, Any], epoch: int, now_s: float) -> list[Action]:
@@ -302,8 +302,6 @@ class Secondary:
         self.numbered_seen = max(self.numbered_seen, number)
         if number <= self.state.prepared:
             return [self._prepared(link, number)]
-        if self.state.split:
-            raise ProtocolError(f"PREPARE {number}, but {self.name} is split: REJOIN comes first")
         self._notes.append((number, link))
         return [AppendNote(number, self.state.epoch.number, self.received)]
 

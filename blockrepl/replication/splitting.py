@@ -30,24 +30,25 @@ class Splitting:
             raise ProtocolError(f"SPLIT {number} in mid-copy: there is no number to split at")
         if not owner.validated <= number <= state.prepared:
             raise ProtocolError(f"SPLIT {number}: validated {owner.validated}, prepared {state.prepared} here")
-        if self._asked == (number, writable) or (state.split and state.split_writable == writable):
+        if self._asked == (number, writable):
+            return []
+        if state.split and (owner.applied, state.split_writable) == (number, writable):
             return []
         self._asked = number, writable
-        owner.validated = number
 
         def valid() -> bool:
             return self._asked == (number, writable) and owner.following
 
-        def applied(_: float) -> list[Action]:
-            return [SyncVolumes(owner.later(synced))]
+        def go(now_s: float) -> list[Action]:
+            if not valid():
+                return []
+            state.split = False  # stored again below; a crash meanwhile leaves the older split
+            owner.validated = max(owner.validated, number)
+            owner.when_applied(number, lambda _: [SyncVolumes(owner.later(synced))])
+            return owner.copying.advance(now_s) + owner.reached(now_s)
 
-        def synced(now_s: float) -> list[Action]:
+        def synced(_: float) -> list[Action]:
             state.applied = max(state.applied, number)
-            if state.split:  # as it was not asked for before: nobody writes while that changes
-                return [Withdraw(owner.later(store))]
-            return store(now_s)
-
-        def store(_: float) -> list[Action]:
             if not valid():
                 return []
             state.split, state.split_writable = True, writable
@@ -59,7 +60,7 @@ class Splitting:
             self._asked = None
             return [Publish(), Event(f"split at {number}{', writable' if writable else ''}")]
 
-        return [*owner.copying.advance(now_s), *owner.when_applied(number, applied), *owner.reached(now_s)]
+        return [Withdraw(owner.later(go))] if state.split else go(now_s)
 
     def end(self) -> None:
         """Split no more; the caller has withdrawn the volumes, and saves the state."""
@@ -75,7 +76,7 @@ class Splitting:
             if not owner.following:
                 return []
             self.end()
-            return [owner.save(lambda _: self._tell(link, number))]
+            return [owner.save(lambda now_s: self._tell(link, number) + owner.copying.advance(now_s))]
 
         if owner.state.split:
             return [Withdraw(owner.later(withdrawn))]

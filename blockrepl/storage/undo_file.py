@@ -71,7 +71,11 @@ class UndoFile:
 
     def begin(self, copy: int, done: Done) -> None:
         """A new way back, from the copy whose START is ``copy``; ``done`` when it is durable."""
-        self._resize(0)
+        try:
+            self._resize(0)
+        except OSError as error:
+            done(error)
+            return
         self.undo = Undo(self._group, self._node, self._sizes, copy, self._draw(), self._block_bytes)
         offset, buffers = self.undo.header()
         self._put(offset, buffers, done)
@@ -92,7 +96,10 @@ class UndoFile:
         self._put(offset, buffers, saved)
 
     def drop(self) -> None:
-        """The copy has ended, durably: give the space back. A crash here leaves a file that `open` drops."""
+        """The copy has ended, durably: give the space back. A crash here leaves a file that `open` drops.
+
+        Raises OSError.
+        """
         self.undo = None
         self._resize(0)
 

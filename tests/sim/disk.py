@@ -340,6 +340,7 @@ class SimUndoFile(UndoFile):
 
     def _resize(self, size_bytes: int) -> None:
         self.process.effect()
+        self.file.write(0, bytes(512))  # of the header: what is truncated may come back with the power
 
     def _draw(self) -> int:
         return self.process.world.random.getrandbits(64)
