@@ -80,7 +80,17 @@ def _tell(definition: Definition, result: Message) -> None:
     elif lost_writes is None:
         out.print("lost: unknown, because the intermediate does not answer; at most what its journal holds beyond")
     else:
-        out.print(f"lost: {lost_writes} writes, {bytes_text(lost_bytes)}")
+        seconds = result.get("lost_s")
+        span = "" if seconds is None else f", {seconds:.1f} s"
+        out.print(f"lost: {lost_writes} writes, {bytes_text(lost_bytes)} of them here{span}")
+    if result.get("rolled_back_from") is not None:
+        out.print(f"a copy had not ended: back from {result['rolled_back_from']} to {_text(result.get('number'))}")
+    if result.get("initial"):
+        out.print("an initial copy had not ended: the images are not consistent")
+    if result.get("out_of_sync_bytes"):
+        out.print(f"only at the old site: {bytes_text(result['out_of_sync_bytes'])}, in blocks ({result.get('pair')})")
+    if result.get("split_bytes"):
+        out.print(f"written at this site since the split: {bytes_text(result['split_bytes'])}, in blocks; it stays")
     for volume in result.get("volumes") or []:
         access = "" if result.get("dry_run") else " read-write" if volume.get("writable") else " read-only"
         out.print(f"{volume.get('name')}: {volume.get('image')} at {volume.get('node')}{access}")

@@ -265,7 +265,8 @@ class SecondaryHost(Host):
     def _truncate(self, action: Truncate) -> None:
         heads = [item.head for item in self.applier.held]
         gone = [head for head in heads if head.last > action.number]
-        kept_ns = heads[-len(gone) - 1].time_ns if len(heads) > len(gone) else self.applier.last_ns
+        last_ns = self.applier.last_ns if self.role.applied <= action.number else 0
+        kept_ns = heads[-len(gone) - 1].time_ns if len(heads) > len(gone) else last_ns
         last = gone[0].previous if gone else self.role.received
         writes = [head for head in gone if head.kind == RecordKind.UPDATE and not head.flags & RecordFlag.COPY]
         count, size_bytes = sum(head.count for head in writes), sum(head.body_bytes for head in writes)

@@ -9,14 +9,14 @@ everywhere; activate. Each step can be repeated: a second takeover finishes what
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
-from blockrepl.formats.link import NO_EPOCH, Epoch, LinkRole, Message, encode
+from blockrepl.formats.link import NO_EPOCH, Epoch, LinkRole, Message, Pair, encode
 from blockrepl.replication.actions import Action, Close, Event, Send
 from blockrepl.replication.greeting import Introduction
 from blockrepl.replication.machine import Machine
+from blockrepl.replication.takeover_report import Report, between, reaches
 
 
 class Phase(Enum):
@@ -46,27 +46,6 @@ TABLE: dict[tuple[Phase, str], Phase] = {
 }
 OPEN = frozenset({Phase.GREETING, Phase.DRAINING, Phase.PROMISING, Phase.STORING, Phase.ACTIVATING})
 MAX_TRIES = 5  # at a number above everybody's
-
-
-@dataclass(slots=True)
-class Report:
-    """What a takeover did, or would do. Numbers are sequence numbers."""
-
-    dry_run: bool = False
-    epoch: int = 0
-    epoch_id: str = ""
-    number: int = 0
-    drained: bool = False  # the intermediate was alive: nothing acknowledged is lost
-    lost_writes: int = 0  # known to have been numbered and not at all secondaries
-    discarded_writes: int = 0  # held by some secondary beyond the number
-    discarded_bytes: int = 0
-    members: list[int] = field(default_factory=list)
-    missing: list[int] = field(default_factory=list)
-    completed: bool = False  # an earlier takeover was finished
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
 
 class Takeover:
@@ -112,7 +91,8 @@ class Takeover:
         self._epoch: Epoch = NO_EPOCH  # our authority
         self._store_epoch: Epoch = NO_EPOCH  # what is stored: ours, or the one of a takeover to be finished
         self._tries = 0
-        self._drained_at = 0
+        self._intermediate: dict[str, Any] = {}  # its PROMISED
+        self._kept_ns = self._newest_ns = 0
 
     @property
     def phase(self) -> Phase:
@@ -213,10 +193,7 @@ class Takeover:
                 return []
             if fields["epoch"] != self._epoch and not self.report.dry_run:
                 return self._higher(fields["epoch"], [node], now_s)
-            self.report.drained = True
-            self._drained_at = held = fields["held"]
-            text = "would be" if self.report.dry_run else "is"
-            return [Event(f"the intermediate {text} drained at {held}"), *self._promise("promise", now_s)]
+            return [Event(self._drained(fields)), *self._promise("promise", now_s)]
         binding = not (self.report.dry_run or fields["active"])
         late = binding and fields["epoch"].number < self._epoch.number  # an answer to an epoch that we gave up
         if self.phase is not Phase.PROMISING or late:
@@ -226,6 +203,17 @@ class Takeover:
         self._answers[node] = fields
         return self._agree(now_s) if len(self._answers) == len(self._members()) else []
 
+    def _drained(self, fields: dict[str, Any]) -> str:
+        """The intermediate has promised: whether the secondaries have, or would have, all that was acknowledged."""
+        self._intermediate = fields
+        report, pair = self.report, Pair(fields["pair"])
+        whole = report.dry_run or fields["validated"] >= fields["held"]
+        report.drained = whole and pair in (Pair.PAIR, Pair.PFUL, Pair.COPY)
+        report.out_of_sync_bytes = fields["dirty_bytes"]
+        if not report.drained:
+            return f"the intermediate is frozen at {fields['held']}, but the pair is in {pair.name}"
+        return f"the intermediate {'would be' if report.dry_run else 'is'} drained at {fields['held']}"
+
     def _higher(self, epoch: Epoch, nodes: list[int], now_s: float) -> list[Action]:
         self._tries += 1
         if self._tries > MAX_TRIES:
@@ -233,7 +221,7 @@ class Takeover:
         self._answers.clear()
         self._epoch = Epoch(max(epoch.number, self._epoch.number) + 1, self._new_id())
         told = Event(f"epoch {epoch.number} was promised already")
-        if self.phase is Phase.PROMISING and self.report.drained and not self.report.dry_run:
+        if self.phase is Phase.PROMISING and self._intermediate and not self.report.dry_run:
             # Then the intermediate has gone on meanwhile, and what it was drained of is not all any more.
             self.report.drained = False
             if self.intermediate in self._links.values():
@@ -253,18 +241,17 @@ class Takeover:
                 return self._fail(problem, "split brain: decide which side's data is to stay")
         else:
             self._store_epoch = self._epoch
-            self.report.number = min(answer["held"] for answer in answers.values())
             self.report.members = sorted(answers)
+            if refusal := self._choose():
+                return self._fail(*refusal)
         report = self.report
         report.epoch, report.epoch_id = self._store_epoch.number, self._store_epoch.id.hex()
-        if not report.drained and not active:
-            report.lost_writes = max(0, max(answer["numbered"] for answer in answers.values()) - report.number)
         self.machine.go("store")
         self._deadline_s = now_s + self._patience_s * 4
         # Those that have stored it already too: they promised us since, and must come to its number again.
         targets = [node for node, answer in answers.items() if not answer["active"]]
         if report.dry_run and report.drained:  # a real one would bring them all up to what the intermediate holds
-            report.number, targets = max(report.number, self._drained_at), []
+            targets = []
         self._answers = {node: answer for node, answer in answers.items() if node not in targets}
         if not targets:
             return self._activate()
@@ -273,6 +260,42 @@ class Takeover:
             members=report.members, dry_run=report.dry_run,
         )  # fmt: skip
         return [Event(f"rolling all secondaries to {report.number}"), *self._to(targets, message)]
+
+    def _choose(self) -> tuple[str, str] | None:
+        """The number, and what it costs. Returns why there is none, and what to do about it.
+
+        It is what every member holds whole. Where somebody would be between START and END at it, it is the number that
+        the copy goes back to, for all: a member before its START has not applied anything above that either.
+        """
+        report, answers = self.report, self._answers
+        number = min(answer["held"] for answer in answers.values())
+        if report.dry_run and report.drained:
+            number = max(number, self._intermediate["held"])
+        inside = [answer for answer in answers.values() if between(answer, number)]
+        report.pair = Pair((self._intermediate or next(iter(answers.values())))["pair"]).name
+        report.split_bytes = sum(answer["dirty_bytes"] for answer in answers.values())
+        report.copying, report.initial = bool(inside), any(answer["initial"] for answer in inside)
+        if report.initial and not (self._force or report.dry_run):
+            return (
+                "an initial copy has not ended: the secondaries are at no number, there is nothing to go back to",
+                "`pair wait -s PAIR` while the primary site lives; `takeover --force` takes the images as they are",
+            )
+        if inside and not report.initial:
+            report.rolled_back_from = number
+            number = min(answer["copy_from"] for answer in inside)
+        report.drained = report.drained and not inside
+        report.number = number
+        if not report.drained:
+            numbered = [answer["numbered"] for answer in answers.values()]
+            report.lost_writes = max(0, max([*numbered, self._intermediate.get("held", 0)]) - number)
+        beyond = [self.names[node] for node, answer in answers.items() if not reaches(answer, number)]
+        if beyond:
+            who = ", ".join(beyond)
+            return (
+                f"{who} cannot go back to {number}, to which the others must",
+                "start the secondaries that are missing, or take over without those: `takeover --force` there",
+            )
+        return None
 
     def _adopt(self, active: list[dict[str, Any]]) -> str:
         """Some secondary is active: finish that takeover, with its epoch and number."""
@@ -294,11 +317,17 @@ class Takeover:
             return self._fail(text, "the intermediate may be alive and have gone on: look at status, then try again")
         report.discarded_writes += fields["discarded_writes"]
         report.discarded_bytes += fields["discarded_bytes"]
+        self._kept_ns = max(self._kept_ns, fields["kept_ns"])
+        self._newest_ns = max(self._newest_ns, fields["newest_ns"])
         self._answers[node] = fields
         return self._activate() if len(self._answers) == len(self._members()) else []
 
     def _activate(self) -> list[Action]:
         self._answers.clear()
+        if not self.report.lost_writes:
+            self.report.lost_s = 0.0
+        elif self._kept_ns and self._newest_ns:
+            self.report.lost_s = max(0, self._newest_ns - self._kept_ns) / 1e9
         if self.report.dry_run:
             self.machine.go("counted")
             return self._hang_up("dry run")

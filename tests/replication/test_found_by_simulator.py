@@ -209,14 +209,16 @@ def test_a_takeover_that_was_overtaken_by_the_intermediate_drains_it_again() -> 
     for node in (MID, S1, S2):
         role.connected(node, node, NONCE)
         role.received(node, Message.WELCOME, report(node), 0.0)
-    state = {"validated": 7, "applied": 7, "active": False, "number": 0, "members": [], "numbered": 7, "stored": ONE}
+    state = arrives(
+        Message.PROMISED, validated=7, applied=7, active=False, number=0, members=[], numbered=7, stored=ONE
+    )
     two, four = Epoch(2, b"3" * 16), Epoch(4, b"3" * 16)
     role.received(MID, Message.PROMISED, {**state, "epoch": two, "held": 7}, 0.0)
     actions = role.received(S1, Message.PROMISED, {**state, "epoch": THREE, "held": 9}, 1.0)
     asked = [(link, fields["epoch"]) for link, kind, fields in messages(actions) if kind == Message.PROMISE]
     assert asked == [(MID, four)]
     assert messages(role.received(S2, Message.PROMISED, {**state, "epoch": two, "held": 7}, 1.0)) == []
-    actions = role.received(MID, Message.PROMISED, {**state, "epoch": four, "held": 9}, 1.0)
+    actions = role.received(MID, Message.PROMISED, {**state, "epoch": four, "held": 9, "validated": 9}, 1.0)
     asked = [(link, fields["epoch"]) for link, kind, fields in messages(actions) if kind == Message.PROMISE]
     assert asked == [(S1, four), (S2, four)]
     late = role.received(S2, Message.PROMISED, {**state, "epoch": two, "held": 7}, 1.0)

@@ -1,0 +1,49 @@
+"""What a takeover did, or would do, and what its number means for each secondary (PROTOCOL, rules 20 and 23)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(slots=True)
+class Report:
+    """What a takeover did, or would do. Numbers are sequence numbers."""
+
+    dry_run: bool = False
+    epoch: int = 0
+    epoch_id: str = ""
+    number: int = 0
+    drained: bool = False  # the intermediate was alive: nothing acknowledged is lost
+    pair: str = ""  # of the group, as the intermediate or else a secondary knows it
+    copying: bool = False  # some secondary is between START and END
+    initial: bool = False  # … of an initial copy: it has no consistent image
+    rolled_back_from: int | None = None  # copying: what all hold, and go back from to ``number``
+    lost_writes: int = 0  # known to have been numbered and not at all secondaries; copied blocks count too
+    lost_s: float | None = None  # from the last write kept to the newest one known to be lost; None for unknown
+    out_of_sync_bytes: int = 0  # suspended: what the old site alone has, in blocks, as far as it is known
+    split_bytes: int = 0  # what hosts at this site wrote since a split, in blocks: it stays
+    discarded_writes: int = 0  # held by some secondary beyond the number
+    discarded_bytes: int = 0
+    members: list[int] = field(default_factory=list)
+    missing: list[int] = field(default_factory=list)
+    completed: bool = False  # an earlier takeover was finished
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def between(answer: dict[str, Any], number: int) -> bool:
+    """Whether a secondary would at ``number`` be between START and END.
+
+    Below its START too, if above the number that it goes back to: what it skipped over was never sent to it.
+    """
+    ended = answer["end"] and number >= answer["end"]
+    return bool(answer["copying"] and number > answer["copy_from"] and not ended)
+
+
+def reaches(answer: dict[str, Any], number: int) -> bool:
+    """Whether a secondary can be brought to ``number``: forward, or back by its undo file."""
+    back = answer["copying"] and not answer["initial"] and answer["copy_from"] == number
+    return bool(back or answer["validated"] <= number)
