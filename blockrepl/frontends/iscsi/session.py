@@ -39,7 +39,7 @@ from blockrepl.frontends.iscsi.task import DeviceServer, Event, EventKind, Nexus
 from blockrepl.frontends.iscsi.transfers import CHECK_CONDITION, Transfers
 
 MAX_IMMEDIATE = 32  # immediate commands at a time
-SILENT_TICKS = 3  # without input, then we ask; as many again, then the connection is dead
+SILENT_TICKS = 7  # without input, then we ask; as many again, then the connection is dead: a client may sleep a minute
 _COMMAND, _DATA_OUT = int(Opcode.SCSI_COMMAND), int(Opcode.DATA_OUT)
 _ATTRIBUTE = int(CommandFlag.ATTRIBUTE)
 _KIND = 0xFF & ~_ATTRIBUTE

@@ -190,7 +190,7 @@ def report_supported_operation_codes(unit: LogicalUnit, task: Task, state: Nexus
     opcode, action = cdb[3], int.from_bytes(cdb[4:6], "big")
     room = int.from_bytes(cdb[6:10], "big")
     if options == _ALL:
-        listed = b"".join(_describe(command, timeouts) for command in COMMANDS)
+        listed = b"".join(_describe(command, timeouts) for command in COMMANDS if _supports(unit, command))
         return (len(listed).to_bytes(4, "big") + listed)[:room]
     if options > _ONE_EITHER:
         raise bad_cdb(2, 2)
@@ -200,7 +200,11 @@ def report_supported_operation_codes(unit: LogicalUnit, task: Task, state: Nexus
     ):
         raise bad_cdb(2, 2)
     command = BY_KEY.get((opcode, action if with_actions else None))
-    return _one(command, timeouts)[:room]
+    return _one(command if command is not None and _supports(unit, command) else None, timeouts)[:room]
+
+
+def _supports(unit: LogicalUnit, command: Command) -> bool:
+    return command.opcode != Opcode.WRITE_ATOMIC_16 or unit.has_atomic_writes
 
 
 def _describe(command: Command, timeouts: bool) -> bytes:

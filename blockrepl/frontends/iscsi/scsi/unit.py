@@ -149,6 +149,11 @@ class LogicalUnit:
         """Every target port group and its state."""
         return {**self.other_paths, self.target.port_group: int(self.state)}
 
+    @property
+    def has_atomic_writes(self) -> bool:
+        """WRITE ATOMIC is there only if the volume keeps its promise; where it is not served, nobody knows."""
+        return self.volume is None or self.volume.atomic_bytes > 0
+
     # nexuses
 
     def begin(self, nexus: Nexus) -> None:
@@ -375,7 +380,7 @@ class LogicalUnit:
             asc = state.attentions.popleft()
             self.regulate()
             raise Refusal(SenseKey.UNIT_ATTENTION, asc)
-        if opcode not in OPCODES:
+        if opcode not in OPCODES or (opcode == Opcode.WRITE_ATOMIC_16 and not self.has_atomic_writes):
             raise illegal(Asc.INVALID_COMMAND_OPERATION_CODE)
         command = BY_KEY.get(key_of(cdb))
         if command is None:
