@@ -192,7 +192,7 @@ _bodies: dict[int, Any] = {
         "numbered" / Int64ub,
         "validated" / Int64ub,
         "applied" / Int64ub,
-        "credit" / Int64ub,
+        "credit" / Int64ub,  # P: frame bytes that it waits for credit for
         "pair" / Int8ub,  # I: Pair of the group
     ),
     Message.ACK: Struct(

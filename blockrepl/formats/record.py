@@ -221,6 +221,13 @@ def decode_head(view: memoryview) -> RecordHead:
     return head
 
 
+def peek(header: memoryview | bytes) -> tuple[int, int]:
+    """Kind of a record and bytes of its entry table, from its header alone: it was checked when it came in."""
+    fields = PRIMARY_PART.unpack_from(header)
+    kind, count = fields[2], fields[8]
+    return kind, count * ENTRY_BYTES
+
+
 def _decode(view: memoryview, error: type[ProtocolError] | type[DamagedError]) -> RecordHead:
     head = _primary_part(view, error)
     part = INTERMEDIATE_PART.unpack_from(view, PRIMARY_PART_BYTES)

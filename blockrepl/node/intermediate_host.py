@@ -13,12 +13,11 @@ from blockrepl.formats.journal import FrameKind, frame_bytes
 from blockrepl.formats.link import Message, bulk_header
 from blockrepl.formats.record import (
     ENTRY,
-    ENTRY_BYTES,
     HEADER_BYTES,
     RecordHead,
     RecordKind,
     decode_batch,
-    decode_head,
+    peek,
 )
 from blockrepl.formats.state import encode_intermediate
 from blockrepl.node.host import Host
@@ -289,9 +288,9 @@ class IntermediateHost(Host):
         """What the records wrote, as (volume, offset, length), in blocks of the bitmaps' size."""
         found: set[tuple[int, int, int]] = set()
         for frame in frames:
-            head = decode_head(memoryview(self.journal.read(frame.body_offset, HEADER_BYTES)))
-            if head.kind == RecordKind.UPDATE:
-                table = self.journal.read(frame.body_offset + HEADER_BYTES, head.count * ENTRY_BYTES)
+            kind, table_bytes = peek(self.journal.read(frame.body_offset, HEADER_BYTES))
+            if kind == RecordKind.UPDATE:
+                table = self.journal.read(frame.body_offset + HEADER_BYTES, table_bytes)
                 found.update((v, offset, length) for v, _, _, _, offset, length in ENTRY.iter_unpack(table))
         return found
 

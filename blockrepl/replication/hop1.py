@@ -35,6 +35,7 @@ class Sender:
     heard_s: float = 0.0
     stamp_ns: int = 0
     echo_ns: int = 0  # the newest of our stamps that it has echoed
+    wants_bytes: int = 0  # of the record that it waits for credit for
     suspended: bool = False  # it said so: its P-VOLs are ahead of the journal
     trusted: bool = True
     resync: int = 0
@@ -78,7 +79,7 @@ class Senders:
         """It greeted; the older link is closed already."""
         sender.link, sender.hello, sender.live, sender.heard_s = link, hello, False, now_s
         sender.credit = sender.credit_used = 0
-        sender.stamp_ns = sender.echo_ns = 0
+        sender.stamp_ns = sender.echo_ns = sender.wants_bytes = 0
         sender.suspended, sender.trusted = hello["suspended"], hello["trusted"]
         self.by_link[link] = sender
 
@@ -104,6 +105,11 @@ class Senders:
             return False
         sender.credit += rise
         return True
+
+    @property
+    def starving(self) -> bool:
+        """A primary has a record that no credit is left for."""
+        return any(s.live and s.credit - s.credit_used < s.wants_bytes for s in self.by_node.values())
 
     @property
     def releasable(self) -> int | None:

@@ -472,6 +472,7 @@ class Intermediate:
         if kind == Message.HEARTBEAT:
             sender.stamp_ns = fields["stamp_ns"]
             sender.echo_ns = max(sender.echo_ns, fields["echo_ns"])
+            sender.wants_bytes = fields["credit"]
             return []
         if not sender.live:
             raise ProtocolError(f"{Message(kind).name} before WELCOME")

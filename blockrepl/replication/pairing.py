@@ -589,7 +589,8 @@ class Pairing:
         """A full ring that waits for the secondaries: suspend hop 2, or go on giving up what is in the bitmaps."""
         owner, state = self._owner, self._owner.state
         if state.limited:
-            if self.high_water and not self._marking and owner.durable_number > self.marked:
+            wanted = self.high_water or owner.senders.starving
+            if wanted and not self._marking and owner.durable_number > self.marked:
                 if state.pair == Pair.SMPL:
                     self.marked = owner.durable_number
                     return []
@@ -597,7 +598,8 @@ class Pairing:
             return []
         by_checkpoint = owner.senders.releasable
         held_by_hop2 = owner.streams.validated < (owner.durable_number if by_checkpoint is None else by_checkpoint)
-        if not owner.policy.suspend_when_full or self._free_bytes * 16 > self._ring_bytes or not held_by_hop2:
+        full = owner.senders.starving or self._free_bytes * 16 <= self._ring_bytes
+        if not owner.policy.suspend_when_full or not full or not held_by_hop2:
             self._full_since_s = None
             return []
         if self._full_since_s is None:

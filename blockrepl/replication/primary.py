@@ -683,8 +683,15 @@ class Primary:
     def _beat(self, boot_ns: int) -> bytes:
         return encode(
             Message.HEARTBEAT, self.state.epoch.number, stamp_ns=boot_ns, echo_ns=self._stamp_ns, numbered=self.acked,
-            validated=self.validated, applied=self.state.checkpoint, credit=0, pair=self.pair,
+            validated=self.validated, applied=self.state.checkpoint, credit=self._wanted(), pair=self.pair,
         )  # fmt: skip
+
+    def _wanted(self) -> int:
+        """Frame bytes of the next record, when it waits for credit."""
+        if not self.live or not self.queue.unsent or not self.numbering:
+            return 0
+        wanted = self.queue.unsent[0].frame_bytes
+        return wanted if self._credit_used + wanted > self._credit else 0
 
     def why_held(self) -> str:
         """For people: why no write completes now; empty when they do."""
