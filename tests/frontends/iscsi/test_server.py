@@ -14,6 +14,7 @@ from blockrepl.chunks import ChunkPool
 from blockrepl.errors import UsageError
 from blockrepl.formats import iscsi
 from blockrepl.formats.iscsi import AsyncEvent, LoginStatus, Opcode
+from blockrepl.frontends.iscsi.chap import Credentials
 from blockrepl.frontends.iscsi.login import Access, TargetDescription
 from blockrepl.frontends.iscsi.server import IscsiServer
 from tests.frontends.iscsi.fake import FakeDevice
@@ -217,3 +218,28 @@ async def test_libiscsis_own_protocol_tests_pass(rig: Rig) -> None:
         assert "Failed" in out
         (tests,) = [line.split() for line in out.splitlines() if line.strip().startswith("tests")]
         assert tests[4] == "0", out
+
+
+@pytest.mark.skipif(shutil.which("iscsi-inq") is None, reason="needs libiscsi-bin")
+async def test_libiscsi_and_we_prove_ourselves_by_chap(monkeypatch: pytest.MonkeyPatch) -> None:
+    credentials = Credentials({"host1": b"correct-horse-12"}, ("me", b"target-secret-1"), True)
+    description = TargetDescription(TARGET, "test", 1, Access(credentials=credentials))
+    server = IscsiServer(description, FakeDevice(), ChunkPool())
+    _, port = await server.listen("127.0.0.1", 0)
+
+    async def inquire(who: str) -> tuple[int, str]:
+        return await run("iscsi-inq", f"iscsi://{who}127.0.0.1:{port}/{TARGET}/0")
+
+    code, out = await inquire("host1%correct-horse-12@")
+    assert code == 0, out
+    for who in ("host1%wrong-horse-123@", "host2%correct-horse-12@", ""):
+        _, out = await inquire(who)
+        assert "Authentication failure" in out
+    monkeypatch.setenv("LIBISCSI_CHAP_TARGET_USERNAME", "me")
+    monkeypatch.setenv("LIBISCSI_CHAP_TARGET_PASSWORD", "target-secret-1")
+    code, out = await inquire("host1%correct-horse-12@")
+    assert code == 0, out
+    monkeypatch.setenv("LIBISCSI_CHAP_TARGET_PASSWORD", "another-secret-1")
+    _, out = await inquire("host1%correct-horse-12@")
+    assert "Invalid CHAP_R" in out
+    await server.close(grace_s=0.1)
