@@ -18,7 +18,6 @@ REJECT, NOT_UNDERSTOOD, IRRELEVANT, NONE = "Reject", "NotUnderstood", "Irrelevan
 
 _KEY = re.compile(r"[A-Z][A-Za-z0-9.\-+@_#:]{0,62}")
 _NUMBER = re.compile(r"0[xX][0-9a-fA-F]{1,16}|[0-9]{1,20}")
-_ISCSI_NAME = re.compile(r"iqn\.[0-9]{4}-[0-9]{2}\.[a-z0-9.:\-]+|eui\.[0-9A-Fa-f]{16}|naa\.(?:[0-9A-Fa-f]{16}){1,2}")
 
 Pairs = list[tuple[str, str]]
 
@@ -76,8 +75,3 @@ def parse_binary(value: str) -> bytes | None:
     except (ValueError, binascii.Error):
         return None
     return found if 0 < len(found) <= MAX_BINARY_BYTES else None
-
-
-def is_iscsi_name(name: str) -> bool:
-    """A name of type iqn., eui. or naa. of at most 223 bytes, in its normal form (RFC 7143, 4.2.7; RFC 3722)."""
-    return len(name.encode()) <= 223 and _ISCSI_NAME.fullmatch(name) is not None
