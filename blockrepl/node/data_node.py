@@ -29,6 +29,7 @@ from blockrepl.node.takeover_run import TakeoverRun
 from blockrepl.node.target import Target
 from blockrepl.node.verify_run import VerifyRun
 from blockrepl.replication import primary, secondary
+from blockrepl.replication.actions import BecomeSource
 from blockrepl.storage.image import ImageFile
 from blockrepl.storage.plain import PlainVolume
 from blockrepl.storage.slot_file import SlotFile
@@ -61,16 +62,15 @@ class DataNode(NodeBase):
             self.target.host.on_active = self._activated
             self.target.host.on_split = self._split
             self.target.host.on_withdraw = self._withdraw
-            if self._active and node.role == "primary":
+            self.target.host.on_source = self._stay_source
+            self.target.host.on_target = self._become_target
+            self.target.host.role.trusted = lambda: self.source is None or self.source.trusted
+            if self._active:
                 self._become_source()
 
     @property
     def _active(self) -> bool:
         return self.target is not None and self.target.host.role.state.active
-
-    def _become_source(self) -> None:
-        self.source = Source(self, self.exports, self._paired, self._images, self._state_file, self._bitmaps)
-        self._verify_run = VerifyRun(self.source.host)
 
     # life
 
@@ -112,6 +112,8 @@ class DataNode(NodeBase):
             self.source.tick()
         if self._opener is not None:
             self._opener.tick()
+        if self.source is not None and self.target is not None:
+            self.target.follow(self.source.host.role)
         self.exports.settle(failed=self._failed(), following=self.source is None)
 
     def _failed(self) -> bool:
@@ -120,16 +122,33 @@ class DataNode(NodeBase):
             return self.source.host.role.phase is primary.Phase.FAILED
         return self.target is not None and self.target.host.role.phase is secondary.Phase.FAILED
 
-    def _activated(self) -> None:
-        """Taken over: hosts may use the S-VOLs."""
-        if self.source is not None:
-            return
+    # role changes
+
+    def _become_source(self) -> None:
+        """The secondary role is active: a primary serves the volumes; after a takeover alone (SSWS)."""
         assert self.target is not None
-        writable = self.target.host.role.state.writable
-        for volume in self._paired:
-            self.exports.volumes[volume.name] = PlainVolume(
-                volume.name, self._images[volume.id], self.disk, writable=writable
-            )
+        self.source = Source(
+            self, self.exports, self._paired, self._images, self._state_file, self._bitmaps,
+            self.target.host.role.state,
+        )  # fmt: skip
+        self._verify_run = VerifyRun(self.source.host)
+
+    def _activated(self) -> None:
+        """Taken over, or not turned into a target after all: hosts may use the volumes."""
+        if self.source is None or self.source.host.retired:
+            self._become_source()
+        assert self.source is not None
+        self.source.start()
+        self.source.publish()
+
+    def _stay_source(self, action: BecomeSource, done: Callable[[], None]) -> None:
+        """A reform: sessions of hosts stay."""
+        assert self.source is not None
+        self.source.reform(action.epoch, action.direction, done)
+
+    def _become_target(self) -> None:
+        """A reform: its hosts were cut off, and that it is a target is durable."""
+        self.source = self._verify_run = None
 
     def _split(self, writable: bool) -> None:
         """Split from the group: hosts may look at the S-VOLs, and write them behind a bitmap if so asked."""
@@ -140,7 +159,10 @@ class DataNode(NodeBase):
             )  # fmt: skip
 
     def _withdraw(self, done: Callable[[], None]) -> None:
-        """No host uses the volumes of a split any more when ``done`` is called; later commands of theirs fail."""
+        """No host uses the volumes any more when ``done`` is called; later commands of theirs fail."""
+        if self.source is not None:
+            self.source.retire("this site is to be the copy now", done)
+            return
         volumes = [self.exports.volumes.pop(volume.name, None) for volume in self._paired]
         split = [volume for volume in volumes if isinstance(volume, SplitVolume)]
         left = len(split)
@@ -284,7 +306,7 @@ class DataNode(NodeBase):
 
     def _role_status(self) -> dict[str, Any]:
         if self.source is not None:
-            return source_status(self.source.host.role)
+            return source_status(self.source.host, {volume.id: volume.name for volume in self._paired})
         if self.target is not None:
             return target_status(self.target.host)
         return {"state": "serving", "reason": "", "epoch": None, "promised": None, "watermarks": {}}
@@ -292,8 +314,9 @@ class DataNode(NodeBase):
     def _ready(self) -> bool:
         if self.source is not None:
             # A role that is live exports at the next tick: until then hosts would be turned away.
-            live = self.source.host.role.phase is primary.Phase.LIVE
-            return live and len(self.exports.volumes) == len(self._volumes)
+            phase = self.source.host.role.phase
+            served = phase is primary.Phase.LIVE or phase in primary.SUSPENDED
+            return served and len(self.exports.volumes) == len(self._volumes)
         if self.target is not None:
             return self.target.host.role.phase is not secondary.Phase.FAILED
         return len(self.exports.volumes) == len(self._volumes)

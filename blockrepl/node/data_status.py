@@ -6,8 +6,9 @@ from typing import Any
 
 from blockrepl.formats.link import Pair
 from blockrepl.node.base import epoch_json
+from blockrepl.node.primary_host import PrimaryHost
 from blockrepl.node.secondary_host import SecondaryHost
-from blockrepl.replication import primary, secondary
+from blockrepl.replication import secondary
 from blockrepl.replication.primary import Primary
 from blockrepl.replication.secondary import Secondary
 
@@ -15,12 +16,16 @@ TARGET_PAIRS = {secondary.Phase.ACTIVE: "SSWS", secondary.Phase.FOLLOWING: "PAIR
 
 
 def source_pair(role: Primary) -> str:
-    """Of the volumes of a primary role."""
-    return "PAIR" if role.phase is primary.Phase.LIVE else "PSUE"
+    """Of the volumes of a primary role: its own state while it is suspended, else the group's as it was told."""
+    if role.state.suspended:
+        return Pair(role.state.suspended).name
+    return role.pair.name if role.live else "PSUE"
 
 
-def source_status(role: Primary) -> dict[str, Any]:
-    """Of a data node whose volumes are copied from."""
+def source_status(host: PrimaryHost, names: dict[int, str]) -> dict[str, Any]:
+    """Of a data node whose volumes are copied from. ``names``: of volumes, by id."""
+    role = host.role
+    copier = role.resyncing.copier
     return {
         "state": role.phase.value,
         "reason": role.why_held(),
@@ -32,6 +37,20 @@ def source_status(role: Primary) -> dict[str, Any]:
             "validated": role.validated, "applied": None, "checkpoint": role.state.checkpoint,
         },
         "pending": {"batches": len(role.queue), "bytes": role.queue.size_bytes},
+        "pair": source_pair(role),
+        "direction": role.state.direction,
+        "suspended": Pair(role.state.suspended).name if role.state.suspended else None,
+        "alone": role.state.alone,
+        "trusted": role.state.trusted and (bool(role.state.suspended) or role.trusted),
+        "out_of_sync_bytes": {names[volume]: bitmap.dirty_bytes for volume, bitmap in role.bitmaps.items()},
+        "resync": {
+            "id": copier.resync, "verify": copier.verify,
+            "copied_bytes": copier.compared_bytes if copier.verify else copier.copied_bytes,
+            "total_bytes": copier.total_bytes,
+        }
+        if copier is not None
+        else None,
+        "copied_bytes": host.copied_bytes,
     }  # fmt: skip
 
 

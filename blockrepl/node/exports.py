@@ -110,6 +110,14 @@ class Exports:
         ]  # fmt: skip
         return nbd + (self._iscsi.sessions() if self._iscsi is not None else [])
 
+    async def withdraw(self, name: str) -> None:
+        """Serve a volume no more: its hosts are cut off. Nothing when it is not served."""
+        if self.volumes.pop(name, None) is None:
+            return
+        self._nbd.cut_off(name)
+        if self._loop is not None:
+            await self._loop.cut_off(name)
+
     async def close(self) -> None:
         """Undo loop devices, end sessions."""
         others = [each.close() for each in (self._loop, self._iscsi) if each is not None]

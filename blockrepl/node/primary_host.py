@@ -59,6 +59,7 @@ class PrimaryHost(Host):
         self.disk = disk
         self.on_digested: Callable[[dict[str, Any]], None] = lambda _fields: None
         self.on_reformed: Callable[[], None] = lambda: None
+        self.retired = ""  # why no host is served any more: the P-VOLs become S-VOLs
         self.copied_bytes = 0  # of P-VOLs read for copies
         self._save_blob = save_blob
         self._save_bits = save_bits
@@ -224,21 +225,30 @@ class PrimaryVolume(Volume):
     """A replicated P-VOL as front ends see it."""
 
     def __init__(
-        self, host: PrimaryHost, volume_id: int, name: str, image: Image, block_size_bytes: int, max_write_bytes: int
-    ) -> None:
+        self, host: PrimaryHost, volume_id: int, name: str, image: Image, block_size_bytes: int, max_write_bytes: int,
+        *, writable: bool = True,
+    ) -> None:  # fmt: skip
         self.name = name
         self.size_bytes = image.size_bytes
         self.block_size_bytes = block_size_bytes
         self.max_write_bytes = max_write_bytes
         self.atomic_bytes = min(MAX_ATOMIC_BYTES, max_write_bytes)  # a record is stored, and replayed, whole
-        self.writable = True
+        self.writable = writable
         self._host = host
         self._id = volume_id
         self._image = image
 
-    def submit(self, batch: WriteBatch) -> bool:
+    def _stopped(self) -> BlockError | None:
+        if self._host.retired:
+            return BlockError(errno.EIO, self._host.retired)
         if self._host.role.phase is Phase.FAILED:
-            batch.fail(BlockError(errno.EIO, "the primary stopped after a disk error"))
+            return BlockError(errno.EIO, "the primary stopped after a disk error")
+        return None
+
+    def submit(self, batch: WriteBatch) -> bool:
+        stopped = self._stopped()
+        if stopped is not None:
+            batch.fail(stopped)
             batch.release()
             return True
         self._host.submit(self._id, batch)
@@ -246,6 +256,8 @@ class PrimaryVolume(Volume):
 
     def read(self, offset_bytes: int, view: memoryview, done: Callable[[BlockError | None], None]) -> bool:
         role = self._host.role
+        if self._host.retired:
+            raise BlockError(errno.EIO, self._host.retired)
         if not role.readable(self._id, offset_bytes, len(view)):
             raise BlockError(errno.EIO, role.why_held() or "not readable now")
         try:
@@ -263,8 +275,9 @@ class PrimaryVolume(Volume):
     def flush(self, done: Callable[[BlockError | None], None]) -> None:
         # Complete means durable in the journal, so what is left to do is the P-VOL (rule 4).
         host = self._host
-        if host.role.phase is Phase.FAILED:
-            host.workers.later(lambda: done(BlockError(errno.EIO, "the primary stopped after a disk error")))
+        stopped = self._stopped()
+        if stopped is not None:
+            host.workers.later(lambda: done(stopped))
             return
 
         def synced(error: OSError | None) -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from blockrepl.chunks import Chunk
 from blockrepl.definition import Volume
 from blockrepl.errors import ProtocolError
-from blockrepl.formats.link import Message
+from blockrepl.formats.link import Epoch, Message, Pair
 from blockrepl.formats.record import decode_record
-from blockrepl.formats.state import decode_primary, encode_primary
+from blockrepl.formats.state import PrimaryState, SecondaryState, decode_primary, encode_primary
 from blockrepl.node.asyncio_ports import log_event
 from blockrepl.node.base import LAST_SAVE_S, NodeBase, max_write_bytes, policy_of
 from blockrepl.node.bitmaps import NodeBitmaps
@@ -25,28 +25,43 @@ from blockrepl.storage.image import ImageFile
 from blockrepl.storage.slot_file import SlotFile
 
 
+def after_takeover(old: PrimaryState, taken: SecondaryState, site: int) -> PrimaryState:
+    """SSWS: the S-VOLs are the truth, hosts go on alone, and no intermediate belongs to it until a reform.
+
+    The bitmap stays as it is: empty, but for what hosts wrote here while the group was split.
+    """
+    return PrimaryState(
+        epoch=taken.epoch, promised=max(taken.promised, taken.epoch), incarnation=old.incarnation, direction=site,
+        suspended=int(Pair.SSWS), alone=True, detached=True,
+    )  # fmt: skip
+
+
 class Source:
     """The primary half of a data node. ``volumes``: those it serves; ``images``: by volume id."""
 
     def __init__(
         self, owner: NodeBase, exports: Exports, volumes: list[Volume], images: Mapping[int, ImageFile],
-        state_file: SlotFile, bitmaps: NodeBitmaps,
+        state_file: SlotFile, bitmaps: NodeBitmaps, taken: SecondaryState,
     ) -> None:  # fmt: skip
+        """``taken``: the state of the secondary role beside it, which is active. Raises StorageError."""
         self._owner = owner
         self._exports = exports
         self.volumes = volumes
         self._images = images
         self._state_file = state_file
         self._bitmaps = bitmaps
+        self._writable = taken.writable
         state_file.on_failed = lambda error: self.host.fail(str(error))
-        self.host = self._make_host()
+        self.host = self._make_host(taken)
         self._dialler: Dialler | None = None
         self._links: set[int] = set()
 
-    def _make_host(self) -> PrimaryHost:
+    def _make_host(self, taken: SecondaryState) -> PrimaryHost:
         owner, node = self._owner, self._owner.node
         definition = owner.definition
         state = decode_primary(self._state_file.payload)
+        if taken.rolling and state.epoch.number < taken.epoch.number:
+            state = after_takeover(state, taken, node.site)
         state.incarnation += 1
         clean, state.clean = state.clean, False
         self._state_file.save_now(encode_primary(state))
@@ -70,7 +85,9 @@ class Source:
     # life
 
     def start(self) -> None:
-        """Dial the intermediate, and go on dialling it."""
+        """Dial the intermediate, and go on dialling it; after a takeover only when the group was formed anew."""
+        if self.host.role.state.detached or self._dialler is not None:
+            return
         address = self._owner.definition.intermediate.address
         self._dialler = Dialler(self._owner.links, address.host, address.port, self._connected, "intermediate")
 
@@ -78,6 +95,8 @@ class Source:
         """Hosts are gone; what they did not wait for stays in the queue, and is theirs to lose. Bits are stored."""
         if self._dialler is not None:
             await self._dialler.close()
+        if self.host.retired:
+            return
         stored = asyncio.Event()
         self.host.perform(self.host.role.suspension.close(stored.set))
         with contextlib.suppress(TimeoutError):
@@ -85,23 +104,73 @@ class Source:
 
     def tick(self) -> None:
         """Time passes."""
+        if self.host.retired:
+            return
         self.host.tick()
-        self._publish()
+        self.publish()
         if self.host.role.phase is Phase.FAILED and self._dialler is not None:
             dialler, self._dialler = self._dialler, None
             asyncio.get_running_loop().create_task(dialler.close())
 
-    def _publish(self) -> None:
+    def publish(self) -> None:
         """Export the P-VOLs once they may be read (rule 7)."""
-        if not self.host.role.serving:
+        if not self.host.role.serving or self.host.retired:
             return
         definition = self._owner.definition
         limit = max_write_bytes(definition)
         for volume in self.volumes:
             if volume.name not in self._exports.volumes:
                 self._exports.volumes[volume.name] = PrimaryVolume(
-                    self.host, volume.id, volume.name, self._images[volume.id], definition.block_size_bytes, limit
-                )
+                    self.host, volume.id, volume.name, self._images[volume.id], definition.block_size_bytes, limit,
+                    writable=self._writable,
+                )  # fmt: skip
+
+    @property
+    def trusted(self) -> bool:
+        """Its bitmaps, with what it would add to them now, say all that the other site may lack (rule 8)."""
+        role = self.host.role
+        return role.state.trusted and (bool(role.state.suspended) or role.trusted)
+
+    # role changes
+
+    def reform(self, epoch: Epoch, direction: int, done: Callable[[], None]) -> None:
+        """The group is formed anew, and this is a source of it: hosts stay, then it dials the intermediate."""
+
+        def reformed() -> None:
+            self.start()
+            done()
+
+        self.host.on_reformed = reformed
+        self.host.perform(self.host.role.suspension.reform(epoch, direction))
+        self.host.settle()
+
+    def retire(self, reason: str, done: Callable[[], None]) -> None:
+        """Its volumes become S-VOLs: hosts are cut off; ``done`` when bits and images are durable."""
+        if self.host.retired:
+            asyncio.get_running_loop().call_soon(done)
+            return
+        self.host.retired = reason
+        asyncio.get_running_loop().create_task(self._retire(reason, done))
+
+    async def _retire(self, reason: str, done: Callable[[], None]) -> None:
+        if self._dialler is not None:
+            await self._dialler.close()
+        for volume in self.volumes:
+            await self._exports.withdraw(volume.name)
+        marked = asyncio.Event()
+        self.host.on_reformed = marked.set
+        self.host.perform(self.host.role.suspension.retire(reason))
+        self.host.settle()
+        await marked.wait()
+        # What was on its way to the images when the hosts were cut off is there by now, but not yet durable.
+        synced = [asyncio.get_running_loop().create_future() for _ in self.volumes]
+        for volume, future in zip(self.volumes, synced, strict=True):
+            self._owner.disk.sync(self._images[volume.id].fd, future.set_result)
+        failed = [error for error in await asyncio.gather(*synced) if error is not None]
+        if failed:
+            self.host.fail(f"sync failed: {failed[0]}")
+        else:
+            done()
 
     # links
 

@@ -15,6 +15,7 @@ from blockrepl.node.bitmaps import NodeBitmaps
 from blockrepl.node.create import JOURNAL_NAME, UNDO_NAME, journal_identity
 from blockrepl.node.journal_reading import JournalReading
 from blockrepl.node.secondary_host import SecondaryHost
+from blockrepl.replication.primary import Primary
 from blockrepl.replication.secondary import Secondary
 from blockrepl.storage.image import ImageFile
 from blockrepl.storage.journal_file import JournalFile
@@ -55,6 +56,15 @@ class Target:
             role, journal, held, images, undo, owner.disk, owner.links, owner.clock, owner.workers, log_event,
             bitmaps.save,
         )  # fmt: skip
+
+    def follow(self, source: Primary) -> None:
+        """While its node is a source, the role beside it knows the epoch that the intermediate opened last."""
+        role = self.host.role
+        role.numbered_seen = max(role.numbered_seen, source.acked)
+        if not source.live or source.state.epoch.number <= role.state.epoch.number or self.host.journal.failed:
+            return
+        role.epochs.follow(source.state.epoch, source.acked)
+        self.host.journal.save(encode_secondary(role.durable_state()))
 
     async def close(self) -> None:
         """A clean end."""

@@ -78,6 +78,7 @@ class Opening:
         self.opener_waits = 0  # the opener's link, while it waits for the drain
         self._asked: Epoch = NO_EPOCH
         self._store: tuple[int, dict[str, Any]] | None = None  # STORE(reform) that waits: link, fields
+        self._anew = False  # a reform has our promise: that a node is active is what it is about
 
     @property
     def waits(self) -> bool:
@@ -136,7 +137,7 @@ class Opening:
         self.higher = max(self.higher, stored, promised)
         if active and stored.number < ours.number:
             return [Event(f"a node still works in epoch {stored}, this side in {ours}: run the swap again")]
-        if active:
+        if active and not self._anew:
             return self._fence(stored)
         if self.higher.number > max(ours.number, owner.state.promised.number) and self.phase is Phase.SERVING:
             return self._freeze(now_s, f"epoch {self.higher} was named")
@@ -261,6 +262,7 @@ class Opening:
         """Greet every secondary anew, then decide again."""
         owner = self._owner
         self._go("start over")
+        self._anew = False
         self._open_at_s = now_s + owner.policy.open_backoff_s
         links = [report["link"] for report in self._reports.values()]
         self._reports.clear()
@@ -292,6 +294,7 @@ class Opening:
         """For a swap or a replacement: nothing is drained, a resync follows anyway."""
         owner = self._owner
         owner.state.promised = self.higher = epoch
+        self._anew = True
         actions = self._freeze(now_s, f"the group is formed anew in epoch {epoch}")
         self._open_at_s += REFORM_PATIENCE_S
         actions += owner.dismiss_primaries(Refusal.EPOCH, self.reason)

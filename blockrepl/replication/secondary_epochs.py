@@ -212,6 +212,15 @@ class Epochs:
         state.rolling = fields["truncate"]
         self._link, self._discarded = link, NOTHING
 
+    def follow(self, epoch: Epoch, number: int) -> None:
+        """Active: the primary beside it works in this epoch now, from ``number`` on. The caller saves the state."""
+        state = self._owner.state
+        assert state.active
+        if state.epoch.number:
+            state.history.append((state.epoch, number))
+        state.epoch, state.number, state.rolling = epoch, number, False
+        state.promised = max(state.promised, epoch)
+
     def _truncate(
         self, number: int, then: Callable[[int, int, float], list[Action]], *, dry_run: bool = False
     ) -> Truncate:

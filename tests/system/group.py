@@ -60,24 +60,25 @@ class RealGroup:
 
     def __init__(
         self, folder: Path, *, journal: str = "64MiB", secondary_journal: str = "64MiB",
-        sizes: dict[str, str] | None = None, policy: str = "",
+        sizes: dict[str, str] | None = None, policy: str = "", keys: str = "",
     ) -> None:  # fmt: skip
+        """``keys``: more lines of the table [group]."""
         self.folder = folder
         self.path = folder / "group.toml"
-        self.path.write_text(self._text(journal, secondary_journal, sizes or {}, policy))
+        self.path.write_text(self._text(journal, secondary_journal, sizes or {}, policy, keys))
         self.definition: Definition = load(self.path)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._others: list[subprocess.Popen[Any]] = []
 
     @staticmethod
-    def _text(journal: str, secondary_journal: str, sizes: dict[str, str], policy: str) -> str:
+    def _text(journal: str, secondary_journal: str, sizes: dict[str, str], policy: str, keys: str) -> str:
         ports = iter(free_ports(2 * len(ALL)))
         lines = ["[group]", 'name = "system"', f'journal = "{journal}"', f'secondary_journal = "{secondary_journal}"']
-        lines += ["[policy]", policy]
+        lines += [keys, "[policy]", policy]
         for name in sorted(ALL):
             role = {"p": "primary", "i": "intermediate", "s": "secondary"}[name[0]]
             lines += ["[[node]]", f'name = "{name}"', f'role = "{role}"', f'directory = "{name}"']
-            lines += [] if role == "primary" else [f'listen = "127.0.0.1:{next(ports)}"']
+            lines += [f'listen = "127.0.0.1:{next(ports)}"']
             lines += [] if role == "intermediate" else [f'nbd = "127.0.0.1:{next(ports)}"']
         for name, (primary, secondary) in VOLUMES.items():
             lines += ["[[volume]]", f'name = "{name}"', f'size = "{sizes.get(name, "64MiB")}"']

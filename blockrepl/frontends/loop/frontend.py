@@ -106,6 +106,13 @@ class LoopFrontend:
                 raise
             self._forget(name, entry)
 
+    async def cut_off(self, name: str) -> None:
+        """Undo `attach` also of what is in use, as `close` does: the volume is not served here any more."""
+        async with self._changing:
+            entry = self._attached.get(name)
+            if entry is not None:
+                await self._abandon(name, entry)
+
     async def close(self) -> None:
         """Undo everything, also what is in use: users get EIO; the kernel frees the device with the last of them."""
         async with self._changing:

@@ -100,6 +100,12 @@ class NbdServer:
         for session in list(self._sessions):
             session.abort()
 
+    def cut_off(self, export: str) -> None:
+        """End every connection to an export: its volume is not served here any more."""
+        for session in list(self._sessions):
+            if session.volume is not None and session.volume.name == export:
+                session.abort()
+
     def sessions(self) -> list[SessionStatus]:
         """Every open connection."""
         return [
