@@ -77,6 +77,7 @@ class Copying:
             self.spans.append(Span(state.start, state.copy_from, state.initial))
         self._asked = state.applied  # highest number that the host was asked to apply
         self._when_settled: list[Then] = []
+        self._waiting: list[tuple[int, Then]] = []  # for a number to be applied
 
     @property
     def stage(self) -> Stage:
@@ -106,6 +107,18 @@ class Copying:
             if (index or self.stage is Stage.PLAIN) and validated < span.start:
                 return min(validated, span.before)
         return validated
+
+    @property
+    def own_number(self) -> int:
+        """Where this secondary is in order, or comes to be: all it holds, or what a copy goes back to.
+
+        0 where a copy has begun: then only the way back leads to a number.
+        """
+        newest = self.newest
+        if newest is None:
+            return self._owner.held
+        begun = self.stage is not Stage.PLAIN and len(self.spans) == 1
+        return 0 if begun else newest.before
 
     # what is held
 
@@ -187,7 +200,26 @@ class Copying:
     def _settle(self, now_s: float) -> list[Action]:
         waiting, self._when_settled = self._when_settled, []
         actions = [action for then in waiting for action in then(now_s)]
-        return actions + self.advance(now_s) + self._owner.reached(now_s)
+        return actions + self.advance(now_s) + self.reached(now_s)
+
+    def was_applied(self, now_s: float) -> list[Action]:
+        """The owner's ``applied`` rose. Hot: every round comes here, mostly with nothing to do."""
+        actions = self.advance(now_s) if self.spans else []
+        return actions + self.reached(now_s) if self._waiting else actions
+
+    def when_applied(self, number: int, then: Then) -> list[Action]:
+        """``then`` when records up to ``number`` are applied; whoever asks calls `reached` once everything is set."""
+        self._waiting.append((number, then))
+        return []
+
+    def reached(self, now_s: float) -> list[Action]:
+        """Who waits for what is applied goes on, unless a copy just begins or ends."""
+        if self.busy:
+            return []
+        applied = self._owner.applied
+        ready = [then for number, then in self._waiting if number <= applied]
+        self._waiting = [item for item in self._waiting if item[0] > applied]
+        return [action for then in ready for action in then(now_s)]
 
     def _begin(self, span: Span) -> list[Action]:
         owner, state = self._owner, self._owner.state
@@ -255,7 +287,7 @@ class Copying:
         if owner.applied >= number:
             return [undo]
         # After a power cut the images may lack some of what was applied before the copy began.
-        return [Apply(number), *owner.when_applied(number, lambda _: [undo])]
+        return [Apply(number), *self.when_applied(number, lambda _: [undo])]
 
     def give_up(self) -> list[Action]:
         """A forced takeover in mid-copy: the images stay as they are. The caller saves the state."""

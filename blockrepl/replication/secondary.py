@@ -31,13 +31,13 @@ from blockrepl.replication.actions import (
     Trim,
 )
 from blockrepl.replication.copying import Copying
-from blockrepl.replication.greeting import Introduction, Problem, refused
+from blockrepl.replication.greeting import Introduction, refused
 from blockrepl.replication.policy import Policy
 from blockrepl.replication.secondary_epochs import Epochs
 from blockrepl.replication.secondary_epochs import Phase as Phase
+from blockrepl.replication.secondary_greeting import OPENERS, problem_with
 from blockrepl.replication.splitting import Splitting
 
-_OPENERS = (LinkRole.OPENER, LinkRole.REFORMER)
 _CONTROL = int(RecordKind.START)  # START, END: kinds from here on
 
 
@@ -72,14 +72,13 @@ class Secondary:
         self.link = 0  # hop 2
         self.reason = ""
         self._openers: set[int] = set()
-        self._incarnation = 0
+        self.incarnation = 0  # of the intermediate
         self._credit = 0
         self._credit_used = 0
         self.free_bytes = 0
         self._notes: deque[tuple[int, int]] = deque()  # (number, link)
         self._token = 0
         self._then: dict[int, Callable[[float], list[Action]]] = {}
-        self._waiting_applied: list[tuple[int, Callable[[float], list[Action]]]] = []
         self._syncing = False
         self._sync_s = 0.0
         self._unsynced_bytes = 0
@@ -167,52 +166,30 @@ class Secondary:
 
     def accepted(self, link: int, fields: dict[str, Any], now_s: float) -> list[Action]:
         """A HELLO arrived."""
-        problem = self._check_hello(fields)
+        problem = self._me.check(fields) or problem_with(self, fields)
         if problem is not None:
             return [self._refuse(link, *problem)]
         actions: list[Action] = []
-        if fields["role"] in _OPENERS:
+        if fields["role"] in OPENERS:
             self._openers.add(link)
         else:
             if self.link:
                 actions.append(Close(self.link, "the intermediate connected again"))
             self.link, self._heard_s, self._stamp_ns = link, now_s, 0
-            self._incarnation = fields["incarnation"]
+            self.incarnation = fields["incarnation"]
             self._credit_used = self._credit = 0
             self._notes.clear()
             self._raise_credit()
+        return [*actions, Send(link, [self._welcome(fields)])]
+
+    def _welcome(self, hello: dict[str, Any]) -> bytes:
         state = self.state
-        message = self._me.welcome(
-            fields, epoch=state.epoch, promised=state.promised, through=self.received, credit=self._credit,
+        return self._me.welcome(
+            hello, epoch=state.epoch, promised=state.promised, through=self.received, credit=self._credit,
             validated=self.validated, prepared=state.prepared, applied=self.applied, active=state.active,
             direction=state.direction, pair=state.pair, copying=state.copying, copy_from=state.copy_from,
             split=state.split,
         )  # fmt: skip
-        return [*actions, Send(link, [message])]
-
-    def _check_hello(self, fields: dict[str, Any]) -> Problem | None:
-        problem = self._me.check(fields)
-        if problem is not None:
-            return problem
-        if self.phase is Phase.FAILED:
-            return Refusal.STATE, self.reason
-        if fields["role"] in _OPENERS:
-            if fields["node"] not in self.peers:
-                return Refusal.NODE, f"node {fields['node']} opens no epochs in this group"
-            return None
-        return self._check_intermediate(fields)
-
-    def _check_intermediate(self, fields: dict[str, Any]) -> Problem | None:
-        epoch, ours = fields["epoch"], self.state.epoch
-        if fields["role"] != LinkRole.INTERMEDIATE or fields["node"] != self.intermediate:
-            return Refusal.ROLE, f"node {fields['node']} is not this group's intermediate"
-        if epoch.number == ours.number and epoch.id != ours.id and not self.state.active:
-            return Refusal.EPOCH, f"split brain: epoch {epoch} there, {ours} here"
-        if self.state.active and epoch.number <= ours.number:  # with a higher one it is we who are behind
-            return Refusal.ACTIVE, f"{self.name} has taken over in epoch {ours.number}"
-        if fields["incarnation"] < self._incarnation:
-            return Refusal.STALE, f"incarnation {fields['incarnation']} is dead, {self._incarnation} lives"
-        return None
 
     def _refuse(self, link: int, code: Refusal, text: str) -> Close:
         return Close(link, text, refused(code, text, epoch=self.state.epoch, promised=self.state.promised))
@@ -350,24 +327,7 @@ class Secondary:
     def was_applied(self, number: int, now_s: float) -> list[Action]:
         """Records up to ``number`` are in the S-VOLs (page cache)."""
         self.applied = max(self.applied, number)
-        actions = self.copying.advance(now_s) if self.copying.spans else []
-        return actions + self.reached(now_s) if self._waiting_applied else actions
-
-    def when_applied(self, number: int, then: Callable[[float], list[Action]]) -> list[Action]:
-        """``then`` when records up to ``number`` are applied; whoever asks calls `reached` once everything is set."""
-        self._waiting_applied.append((number, then))
-        return []
-
-    def reached(self, now_s: float) -> list[Action]:
-        """Who waits for what is applied goes on, unless a copy just begins or ends."""
-        if self.copying.busy:
-            return []
-        actions: list[Action] = []
-        ready = [then for target, then in self._waiting_applied if target <= self.applied]
-        self._waiting_applied = [item for item in self._waiting_applied if item[0] > self.applied]
-        for then in ready:
-            actions += then(now_s)
-        return actions
+        return self.copying.was_applied(now_s)
 
     def go_back(self, number: int) -> None:
         """A takeover goes to ``number``, which may lie below what is validated and applied."""

@@ -249,8 +249,8 @@ class Epochs:
             if owner.state.copying and copying.may_go_back(number):
                 return copying.restore(number, lambda _: self._settle(number))
             owner.validated = max(owner.validated, number)
-            owner.when_applied(number, lambda _: self._settle(number))
-            return copying.resume(now_s) + owner.reached(now_s)
+            owner.copying.when_applied(number, lambda _: self._settle(number))
+            return copying.resume(now_s) + owner.copying.reached(now_s)
 
         return [self._truncate(number, discarded)]
 
@@ -345,11 +345,11 @@ class Epochs:
         def bring_up(now_s: float) -> list[Action]:
             """To its own number, if it is to go back to it; else at least what is validated, which the bits end at."""
             copying = owner.copying
-            if not (state.active or copying.spans or fields["initial"]):
-                owner.validated = owner.held
+            if not (state.active or fields["initial"]):
+                owner.validated = max(owner.validated, copying.own_number)
             target = owner.applied if state.active else copying.reach
-            owner.when_applied(target, lambda _: [SyncVolumes(owner.later(synced))])
-            return ([] if state.active else copying.advance(now_s)) + owner.reached(now_s)
+            owner.copying.when_applied(target, lambda _: [SyncVolumes(owner.later(synced))])
+            return ([] if state.active else copying.advance(now_s)) + owner.copying.reached(now_s)
 
         def synced(now_s: float) -> list[Action]:
             if _initial(state, fields) or state.copying:

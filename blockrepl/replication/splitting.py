@@ -44,8 +44,8 @@ class Splitting:
                 return []
             state.split = False  # stored again below; a crash meanwhile leaves the older split
             owner.validated = max(owner.validated, number)
-            owner.when_applied(number, lambda _: [SyncVolumes(owner.later(synced))])
-            return owner.copying.advance(now_s) + owner.reached(now_s)
+            owner.copying.when_applied(number, lambda _: [SyncVolumes(owner.later(synced))])
+            return owner.copying.advance(now_s) + owner.copying.reached(now_s)
 
         def synced(_: float) -> list[Action]:
             state.applied = max(state.applied, number)

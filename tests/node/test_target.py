@@ -275,6 +275,26 @@ def test_a_split_that_rejoins_stops_its_hosts_first_and_stays_joined() -> None:
     rig.check_cache(rig.number)
 
 
+def test_what_hosts_wrote_at_a_split_is_told_until_a_copy_has_ended() -> None:
+    rig = filled()
+    rig.message(Message.SPLIT, number=rig.number, writable=True)
+    rig.settle()
+    rig.role.bitmaps[2].mark(9000, 10)
+    for _ in range(2):  # the answer may be lost
+        rig.message(Message.REJOIN, number=rig.number)
+        rig.settle()
+        assert rig.said[-2:] == [Message.BITMAP, Message.REJOINED]
+    start = rig.start(rig.number).number
+    rig.write(COPY)
+    rig.validated()
+    assert rig.role.dirty_bytes == 4096
+    rig.end(start)
+    rig.validated()
+    assert rig.role.dirty_bytes == 0
+    rig.crash(power=True)
+    assert rig.role.dirty_bytes == 0
+
+
 def test_a_split_at_a_later_number_moves_there() -> None:
     """Suspended while something was in flight: it may still be validated, and all splits are to be at one number."""
     rig = filled()
@@ -363,6 +383,21 @@ def test_a_reform_in_mid_copy_keeps_the_way_back() -> None:
     rig.write(COPY)
     rig.validated()
     assert rig.take_over() == 1000
+    rig.check(back)
+
+
+def test_a_reform_before_a_copy_has_begun_stops_where_it_would_go_back_to() -> None:
+    """START is held, and what is in front of it not even validated: its intermediate counts on that number."""
+    rig = filled()
+    rig.write()
+    back = rig.number
+    rig.start(back)
+    rig.write(COPY)
+    rig.prepare()
+    rig.settle()
+    reform(rig, 1000)
+    rig.settle()
+    assert (rig.role.state.copy_from, rig.role.state.initial) == (1000, False)
     rig.check(back)
 
 

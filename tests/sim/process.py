@@ -507,11 +507,15 @@ class SecondaryProcess(Process):
         for volume, (_, secondary, size) in self.layout.volumes.items():
             if secondary == self.name:
                 self.machine.files[f"volume {volume}"] = SimFile(size)
-
         self.machine.files["undo"] = SimFile(UNDO_FILE_BYTES)
+        SimBitmaps.make(self, "split", self._own_sizes)
+
+    @property
+    def _own_sizes(self) -> dict[int, int]:
+        return {volume: self.layout.volumes[volume][2] for volume in self.volume_ids}
 
     def _open_undo(self, state: SecondaryState) -> SimUndoFile:
-        sizes = {volume: self.layout.volumes[volume][2] for volume in self.volume_ids}
+        sizes = self._own_sizes
         file = self.machine.files["undo"]
         undo = SimUndoFile(Path("undo"), file.fd, self.disk, GROUP, self.node_id, sizes, UNDO_BLOCK)  # type: ignore[arg-type]
         undo.file, undo.process = file, self
@@ -527,17 +531,20 @@ class SecondaryProcess(Process):
         self.opener = None
         reading = JournalReading()
         journal = self._open_journal(reading.check, self.layout.secondary_ring_bytes)
+        bits = SimBitmaps(self, "split", self._own_sizes)
         role = Secondary(
             group=GROUP, node=self.node_id, name=self.name, intermediate=self.layout.intermediate[1],
             peers=list(self.layout.secondaries.values()), state=decode_secondary(journal.recovered.state),
-            policy=self.layout.policy,
+            policy=self.layout.policy, bitmaps=bits.bitmaps,
         )  # fmt: skip
         held = reading.tell_secondary(role, journal.journal)
         images = {v: SimImage(self.machine.files[f"volume {v}"], self) for v in self.volume_ids}
         undo = self._open_undo(role.state)
         host = WatchedSecondaryHost(
-            role, journal, held, images, undo, self.disk, self.links, self.machine.clock, self.workers, self.log
+            role, journal, held, images, undo, self.disk, self.links, self.machine.clock, self.workers, self.log,
+            bits.save,
         )  # fmt: skip
+        bits.on_failed = lambda error: host.fail(str(error))
         host.process = self
         host.on_active = lambda: self.watcher.activated(self)
         self.watcher.recovered(self, reading.heads, role)
