@@ -76,7 +76,7 @@ class Secondary:
         self._credit = 0
         self._credit_used = 0
         self.free_bytes = 0
-        self._notes: deque[tuple[int, int]] = deque()  # (number, link)
+        self.notes: deque[tuple[int, int]] = deque()  # (number, link)
         self._token = 0
         self._then: dict[int, Callable[[float], list[Action]]] = {}
         self._syncing = False
@@ -151,8 +151,6 @@ class Secondary:
         self._then[token] = then
         return token
 
-    _later = later
-
     def save(self, then: Callable[[float], list[Action]]) -> SaveState:
         """Make the state durable as it is when this is performed, then ``then``."""
         return SaveState(self.later(then))
@@ -178,7 +176,7 @@ class Secondary:
             self.link, self._heard_s, self._stamp_ns = link, now_s, 0
             self.incarnation = fields["incarnation"]
             self._credit_used = self._credit = 0
-            self._notes.clear()
+            self.notes.clear()
             self._raise_credit()
         return [*actions, Send(link, [self._welcome(fields)])]
 
@@ -279,7 +277,7 @@ class Secondary:
         self.numbered_seen = max(self.numbered_seen, number)
         if number <= self.state.prepared:
             return [self._prepared(link, number)]
-        self._notes.append((number, link))
+        self.notes.append((number, link))
         return [AppendNote(number, self.state.epoch.number, self.received)]
 
     def noted(self, number: int, epoch: int, now_s: float, received: int = 0) -> list[Action]:
@@ -287,7 +285,7 @@ class Secondary:
 
         It may be a note that an older link asked for: what has come since is not spoken for.
         """
-        notes = self._notes
+        notes = self.notes
         link = 0
         while notes and notes[0][0] <= number:
             _, link = notes.popleft()
@@ -334,10 +332,6 @@ class Secondary:
         self.validated, self.applied = min(self.validated, number), min(self.applied, number)
         self.state.applied = min(self.state.applied, number)
 
-    def drop_notes(self) -> None:
-        """What the old epoch asked to be prepared is answered to nobody."""
-        self._notes.clear()
-
     def truncated(
         self, token: int, writes: int, size_bytes: int, last: int, now_s: float, kept_ns: int = 0, newest_ns: int = 0
     ) -> list[Action]:
@@ -367,7 +361,7 @@ class Secondary:
             self.state.applied = max(self.state.applied, min(number, self.applied))  # it may have gone back meanwhile
             return [Trim(self.state.applied)]
 
-        return [SyncVolumes(self._later(synced))]
+        return [SyncVolumes(self.later(synced))]
 
     def _beat_every_s(self) -> float:
         """Sooner when the intermediate does not know yet what is applied: people watch the lag fall."""

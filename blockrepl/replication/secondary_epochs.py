@@ -116,7 +116,7 @@ class Epochs:
         if owner.link and link != owner.link:
             actions.append(Close(owner.link, f"promised epoch {epoch}"))
             owner.link = 0
-        owner.drop_notes()
+        owner.notes.clear()
         return [*actions, SyncJournal(owner.later(lambda _: self._save_promise(link, epoch)))]
 
     def _save_promise(self, link: int, epoch: Epoch) -> list[Action]:

@@ -298,7 +298,7 @@ def test_a_promise_waits_for_records_that_the_ring_has_no_room_for_yet() -> None
                 done.append(now_s)
                 return []
 
-            host.perform([SyncJournal(host.role._later(synced))])
+            host.perform([SyncJournal(host.role.later(synced))])
             host.settle()
             group.world.run(group.world.now_s + 0.5)
             assert done == []

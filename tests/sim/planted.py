@@ -143,9 +143,9 @@ def prepared_without_a_note() -> AbstractContextManager[Any]:
     def prepare(self: Secondary, link: int, number: int, stream_last: int) -> Any:
         if number <= self.state.prepared:
             return [self._prepared(link, number)]
-        self._notes.append((number, link))
+        self.notes.append((number, link))
         epoch, received = self.state.epoch.number, self.received
-        return [SyncJournal(self._later(lambda now_s: self.noted(number, epoch, now_s, received)))]
+        return [SyncJournal(self.later(lambda now_s: self.noted(number, epoch, now_s, received)))]
 
     return replaced(Secondary, "_prepare", prepare)
 

@@ -606,7 +606,7 @@ class SecondaryMachine(JournalMachine):
         role = self.role
         if role is not None:
             role.reason = ""
-            if not (role._then or role.epochs._truncating or role._waiting_applied or self.waiting or self.unsaved):
+            if not (role._then or role.epochs._truncating or role.copying._waiting or self.waiting or self.unsaved):
                 role._token = 0
 
 
