@@ -60,7 +60,10 @@ WRITES: list[Command] = [
 commands = st.lists(
     st.one_of(
         st.tuples(
-            st.just(int(Op.WRITE)), st.integers(0, 3), st.integers(0, 1 << 62), st.binary(min_size=1, max_size=99)
+            st.sampled_from([int(Op.WRITE), int(Op.METADATA)]),
+            st.integers(0, 3),
+            st.integers(0, 1 << 62),
+            st.binary(min_size=1, max_size=99),
         ),
         st.tuples(st.sampled_from([int(Op.ZERO), int(Op.TRIM)]), st.integers(0, 3), st.integers(0, 1 << 62), st.none()),
     ),

@@ -281,6 +281,53 @@ def test_a_batch_is_stored_in_its_order(path: Path) -> None:
     image.close()
 
 
+def test_metadata_lie_beside_the_image_and_are_replaced_whole(path: Path) -> None:
+    image = made(path)
+    assert image.metadata() == b""
+    for data in (b"a" * 100, b"b"):
+        batch = batch_of((Op.METADATA, 0, len(data), WriteFlag.FUA, data))
+        image.store(batch)
+        assert batch.errors is None
+        assert image.metadata() == data
+    assert content(image, 0, 100) == bytes(100)
+    image.close()
+    image = ImageFile.open(path, IDENTITY)
+    assert image.metadata() == b"b"
+    assert sorted(each.name for each in path.parent.iterdir()) == [path.name, path.name + ".id", path.name + ".meta"]
+    image.close()
+
+
+def test_metadata_that_cannot_be_stored_are_an_error_and_the_old_ones_stay(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = made(path)
+    image.set_metadata(b"old")
+
+    def fail(_fd: int) -> None:
+        raise OSError(errno.EIO, "injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        batch = batch_of((Op.METADATA, 0, 3, WriteFlag.FUA, b"new"))
+        image.store(batch)
+    assert batch.errors is not None
+    assert batch.errors[0] is not None
+    assert image.metadata() == b"old"
+    image.close()
+
+
+def test_a_new_image_has_no_metadata_of_an_old_one(path: Path) -> None:
+    made(path).close()
+    image = ImageFile.open(path, IDENTITY)
+    image.set_metadata(b"old")
+    image.close()
+    path.unlink()
+    (path.parent / (path.name + ".id")).unlink()
+    image = made(path)
+    assert image.metadata() == b""
+    image.close()
+
+
 def test_trim_gives_space_back_and_an_allocated_zero_keeps_it(path: Path) -> None:
     image = made(path)
     image.pwrite(0, b"x" * (2 * MIB))

@@ -223,3 +223,14 @@ async def test_allocation_tells_holes(rig: Rig) -> None:
         (1 << 20, 65536, True),
         ((1 << 20) + 65536, (1 << 20) - 65536, False),
     ]
+
+
+async def test_metadata_are_stored_by_the_disk_thread_and_complete_when_durable(rig: Rig) -> None:
+    batch = rig.batch((Op.METADATA, 0, 4, WriteFlag.FUA, b"meta"))
+    assert rig.volume.submit(batch) is False
+    behind = rig.write(0, b"x" * 512)
+    assert rig.volume.submit(behind) is False
+    await rig.until_done(batch, behind)
+    assert batch.errors is None
+    assert rig.volume.metadata() == b"meta"
+    assert rig.read(0, 512) == b"x" * 512

@@ -7,16 +7,17 @@ reservations, state, CDB, write protection), then its handler.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from enum import IntEnum
 from functools import partial
 from typing import TYPE_CHECKING
 
 from blockrepl.block import Op, Volume, WriteBatch, WriteFlag
 from blockrepl.chunks import Chunk
-from blockrepl.errors import BlockError
-from blockrepl.formats.scsi import CDB_10, CDB_16, Asc, Opcode, SenseKey, Status, sense_data
+from blockrepl.errors import BlockError, DamagedError
+from blockrepl.formats.scsi import CDB_10, CDB_16, Asc, Opcode, SenseKey
 from blockrepl.frontends.iscsi.scsi.commands import BY_KEY, OPCODES, Access, Command, key_of, wrong_bits
 from blockrepl.frontends.iscsi.scsi.geometry import data_out_bytes
 from blockrepl.frontends.iscsi.scsi.identity import UnitIdentity
@@ -34,6 +35,7 @@ from blockrepl.frontends.iscsi.scsi.refusal import (
     write_refusal,
 )
 from blockrepl.frontends.iscsi.scsi.reservations import Reservations
+from blockrepl.frontends.iscsi.scsi.task_set import TaskSet
 from blockrepl.frontends.iscsi.scsi.work import Chunks, TaskBatch
 from blockrepl.frontends.iscsi.task import Attribute, Nexus, Task
 
@@ -49,10 +51,13 @@ _READ_10, _READ_16, _WRITE_10, _WRITE_16 = (
     int(op) for op in (Opcode.READ_10, Opcode.READ_16, Opcode.WRITE_10, Opcode.WRITE_16)
 )
 _PLAIN_READS, _PLAIN_WRITES = (_READ_10, _READ_16), (_WRITE_10, _WRITE_16)
-_ORDERED, _HEAD_OF_QUEUE, _ACA = int(Attribute.ORDERED), int(Attribute.HEAD_OF_QUEUE), int(Attribute.ACA)
+_ORDERED = int(Attribute.ORDERED)
 _OP_WRITE, _FUA, _DPO_BIT, _FUA_BIT, _NACA = int(Op.WRITE), int(WriteFlag.FUA), 0x10, 0x08, 0x04
 _NOT_WRITE_FLAGS, _NOT_READ_FLAGS = 0xFF ^ (_DPO_BIT | _FUA_BIT), 0xFF ^ _DPO_BIT
 _WITHOUT_ATTENTION = frozenset((int(Opcode.INQUIRY), int(Opcode.REPORT_LUNS), int(Opcode.REQUEST_SENSE)))
+
+
+logger = logging.getLogger(__name__)
 
 
 class PathState(IntEnum):
@@ -78,43 +83,42 @@ Answer = bytes | None | Pending
 Handler = Callable[["LogicalUnit", Task, NexusState], Answer]
 
 
-class LogicalUnit:
-    """Owned by a `Target`. ``volume`` is there while ``state`` is ACTIVE_OPTIMIZED.
-
-    Invariant: every task that was taken and is not finished is in ``_pending``, in ``_held``, or in the ``tasks`` of a
-    batch in ``_in_flight``.
-    """
+class LogicalUnit(TaskSet):
+    """Owned by a `Target`. ``volume`` is there while ``state`` is ACTIVE_OPTIMIZED."""
 
     def __init__(self, target: Target, lun: int, identity: UnitIdentity, state: PathState) -> None:
+        super().__init__(target.deliver)
         self.target = target
         self.lun = lun
         self.other_paths: dict[int, int] = {}  # target port group of another node → its state, as far as known
         self.identity = identity
         self.state = state
         self.volume: Volume | None = None
+        self.problem = ""  # why a volume that could be served is not
         self.block_bytes = identity.block_bytes
         self.blocks = identity.size_bytes // identity.block_bytes
         self.physical_blocks = identity.physical_bytes // identity.block_bytes
-        self.mode = ModePages()
         self.reservations = Reservations()
         self.reserver: Nexus | None = None  # RESERVE(6)
         self.stopped = False
         self.sanitize: Sanitize | None = None
         self.copies: dict[tuple[Nexus, int], CopyList] = {}
         self.ranges = Ranges()
-        self.nexuses: dict[Nexus, NexusState] = {}
-        self._in_flight: dict[TaskBatch, None] = {}
-        self._pending: dict[Task, None] = {}
-        self._held: deque[Task] = deque()  # behind an ORDERED task
-        self._ordered: Task | None = None  # runs alone
         self._changing: deque[Callable[[], None]] = deque()  # changes of reservations, one at a time
-        self._watchers: list[tuple[set[Task], Callable[[], None]]] = []
 
     # the path
 
     def serve(self, volume: Volume) -> None:
-        """The volume is served through this port from now on. Raises DamagedError (reservations)."""
-        self.reservations = Reservations.unpack(volume.metadata())
+        """The volume is served through this port from now on; not if its reservations cannot be read."""
+        try:
+            self.reservations = Reservations.unpack(volume.metadata())
+        except (DamagedError, OSError) as error:
+            if self.problem != str(error):
+                self.problem = str(error)
+                logger.error("iscsi: %s is not served: %s", volume.name, error)
+            self.withdraw(PathState.UNAVAILABLE)
+            return
+        self.problem = ""
         grown = volume.size_bytes // self.block_bytes != self.blocks
         self.blocks = volume.size_bytes // self.block_bytes
         self.volume = volume
@@ -282,7 +286,7 @@ class LogicalUnit:
         if chunk is not None:
             chunk.release()
         if finished:
-            self.target.deliver(finished)
+            self._deliver(finished)
         if batch is not None:
             self._submit(batch)
 
@@ -323,7 +327,7 @@ class LogicalUnit:
         if batch.errors is not None:
             for place, error in batch.first_errors().items():
                 self.set_sense(batch.tasks[place], write_refusal(error))
-        self.target.deliver(batch.tasks)
+        self._deliver(batch.tasks)
         if batch.claim is not None:
             self.ranges.release(batch.claim)
         if self._watchers or self._held or self._ordered is not None:
@@ -345,20 +349,6 @@ class LogicalUnit:
         task.data_in = ()
 
     # every other command
-
-    def _take(self, task: Task, state: NexusState) -> None:
-        """Respect ORDERED (SAM-5, 8.6): it waits for all earlier tasks, all later ones for it."""
-        if task.attribute == _ACA:
-            self.refuse(task, Refusal(SenseKey.ILLEGAL_REQUEST, Asc.INVALID_FIELD_IN_COMMAND_INFORMATION_UNIT))
-            return
-        if task.attribute != _HEAD_OF_QUEUE:
-            busy = self._held or self._ordered is not None
-            if busy or (task.attribute == _ORDERED and (self._pending or self._in_flight)):
-                self._held.append(task)
-                return
-            if task.attribute == _ORDERED:
-                self._ordered = task
-        self._dispatch(task, state)
 
     def _dispatch(self, task: Task, state: NexusState) -> None:
         self._pending[task] = None
@@ -413,82 +403,6 @@ class LogicalUnit:
         if self.stopped and command.medium:
             raise not_ready(Asc.INITIALIZING_COMMAND_REQUIRED)
 
-    # completion
-
-    def set_sense(self, task: Task, refusal: Refusal) -> None:
-        """What a refused task ends with."""
-        task.status = refusal.status
-        if refusal.status == Status.CHECK_CONDITION:
-            task.sense = sense_data(
-                refusal.key, refusal.asc, information=refusal.information, specific=refusal.specific,
-                descriptor=self.mode.descriptor_sense,
-            )  # fmt: skip
-
-    def refuse(self, task: Task, refusal: Refusal) -> None:
-        """End a task without success."""
-        self.set_sense(task, refusal)
-        self.finish(task)
-
-    def finish(self, task: Task) -> None:
-        """End a task; its status is set."""
-        self._pending.pop(task, None)
-        task.release_out()
-        self.target.deliver([task])
-        if self._watchers or self._held or self._ordered is not None:
-            self._ended((task,))
-
-    def _ended(self, tasks: Sequence[Task]) -> None:
-        if self._watchers:
-            watchers, self._watchers = self._watchers, []
-            for waiting, done in watchers:
-                waiting.difference_update(tasks)
-                if waiting:
-                    self._watchers.append((waiting, done))
-                else:
-                    done()
-        if self._ordered in tasks:
-            self._ordered = None
-        while self._held and self._ordered is None:
-            task = self._held[0]
-            if task.attribute == _ORDERED and (self._pending or self._in_flight):
-                break
-            self._held.popleft()
-            state = self.nexuses.get(task.nexus)
-            if state is None:
-                continue
-            if task.attribute == _ORDERED:
-                self._ordered = task
-            self._dispatch(task, state)
-
-    # abort
-
-    def outstanding(self) -> list[Task]:
-        """Tasks that were taken and are not finished."""
-        return [*self._pending, *(task for batch in self._in_flight for task in batch.tasks), *self._held]
-
-    def abort(self, tasks: Sequence[Task], by: Nexus | None, done: Callable[[], None]) -> None:
-        """End tasks. What a volume has taken cannot be taken back: ``done`` is called when the last of them is over.
-
-        ``by`` None: the nexus is lost.
-        """
-        waiting = set(tasks)
-        for task in tasks:
-            if by is not None and task.nexus is not by and self.mode.task_aborted_status:
-                task.status = Status.TASK_ABORTED
-            else:
-                task.aborted = True
-        for task in [task for task in self._held if task in waiting]:
-            self._held.remove(task)
-            waiting.discard(task)
-            task.release_out()
-            self.target.deliver([task])
-        if not waiting:
-            done()
-            return
-        self._watchers.append((waiting, done))
-        if self.sanitize is not None:
-            self.sanitize.forget(waiting)
-
     def reset(self) -> None:
         """LOGICAL UNIT RESET, after its tasks have ended (SAM-5, 6.3.3)."""
         self.reserver = None
@@ -496,6 +410,10 @@ class LogicalUnit:
             state.prevents_removal = False
         self.mode = ModePages()
         self.attend_all(Asc.POWER_ON_OR_RESET)
+
+    def _forget(self, tasks: Collection[Task]) -> None:
+        if self.sanitize is not None:
+            self.sanitize.forget(tasks)
 
     # reservations
 
