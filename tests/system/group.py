@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from blockrepl.cli import processes
 from blockrepl.cli.client import call
@@ -60,19 +60,20 @@ class RealGroup:
 
     def __init__(
         self, folder: Path, *, journal: str = "64MiB", secondary_journal: str = "64MiB",
-        sizes: dict[str, str] | None = None, policy: str = "", keys: str = "",
+        sizes: dict[str, str] | None = None, policy: str = "", keys: str = "", iscsi_portals: int = 0, more: str = "",
     ) -> None:  # fmt: skip
-        """``keys``: more lines of the table [group]."""
+        """``keys``: more lines of the table [group]; ``iscsi_portals``: of each primary and secondary; ``more``: lines
+        at the end."""
         self.folder = folder
         self.path = folder / "group.toml"
-        self.path.write_text(self._text(journal, secondary_journal, sizes or {}, policy, keys))
+        self._portals = iscsi_portals
+        self.path.write_text(self._text(journal, secondary_journal, sizes or {}, policy, keys) + more)
         self.definition: Definition = load(self.path)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._others: list[subprocess.Popen[Any]] = []
 
-    @staticmethod
-    def _text(journal: str, secondary_journal: str, sizes: dict[str, str], policy: str, keys: str) -> str:
-        ports = iter(free_ports(2 * len(ALL)))
+    def _text(self, journal: str, secondary_journal: str, sizes: dict[str, str], policy: str, keys: str) -> str:
+        ports = iter(free_ports((2 + self._portals) * len(ALL)))
         lines = ["[group]", 'name = "system"', f'journal = "{journal}"', f'secondary_journal = "{secondary_journal}"']
         lines += [keys, "[policy]", policy]
         for name in sorted(ALL):
@@ -80,12 +81,15 @@ class RealGroup:
             lines += ["[[node]]", f'name = "{name}"', f'role = "{role}"', f'directory = "{name}"']
             lines += [f'listen = "127.0.0.1:{next(ports)}"']
             lines += [] if role == "intermediate" else [f'nbd = "127.0.0.1:{next(ports)}"']
+            if self._portals and role != "intermediate":
+                portals = ", ".join(f'"127.0.0.1:{next(ports)}"' for _ in range(self._portals))
+                lines += [f"iscsi = [{portals}]"]
         for name, (primary, secondary) in VOLUMES.items():
             lines += ["[[volume]]", f'name = "{name}"', f'size = "{sizes.get(name, "64MiB")}"']
             lines += [f'primary = "{primary}"', f'secondary = "{secondary}"']
         return "\n".join(lines) + "\n"
 
-    def __enter__(self) -> RealGroup:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -101,12 +105,12 @@ class RealGroup:
     def node(self, name: str) -> Node:
         return self.definition.node(name)
 
-    def create(self) -> RealGroup:
+    def create(self) -> Self:
         for node in self.definition.nodes:
             create(self.definition, node)
         return self
 
-    def start(self, *names: str, wait: bool = True) -> RealGroup:
+    def start(self, *names: str, wait: bool = True) -> Self:
         """Start nodes (all by default) and wait until they are ready."""
         started = [processes.start(self.definition, self.node(name)) for name in names or ALL]
         for each in started:
