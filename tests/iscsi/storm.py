@@ -32,6 +32,8 @@ async def converse(host: str, port: int, target: str, random: Random) -> None:
         content = next(talk)
         while True:
             for piece in conversations.pieces(random, content):
+                if writer.transport.is_closing():
+                    return
                 writer.write(piece)
             async with asyncio.timeout(_SLOW_QUIET_S):
                 await writer.drain()
