@@ -32,12 +32,14 @@ def _ask(definition: Definition, node: Node, local: bool) -> Message:
 
 
 def serving_node(definition: Definition, volume: Volume) -> Node:
-    """Where hosts may use the volume: its primary, or a secondary that has taken over. Raises NotRunningError."""
+    """Where hosts may use the volume: at its source. Raises NotRunningError."""
     statuses = {status["node"]: status for status in node_statuses(definition)}
-    for name in (volume.secondary, volume.primary):  # after a takeover an old primary may still answer
-        entry = volume_entry(statuses.get(name, {}), volume.name)
-        if entry is not None and entry.get("active") is True:
-            return definition.node(name)
+    ends = [
+        (name, volume_entry(statuses.get(name, {}), volume.name) or {}) for name in (volume.primary, volume.secondary)
+    ]
+    active = [(name, entry) for name, entry in ends if entry.get("active") is True]
+    if active:
+        return definition.node(max(active, key=lambda end: _newness(statuses[end[0]], end[1]))[0])
     states = ", ".join(
         f"{name} is {statuses[name].get('state', 'down')}"
         for name in (volume.primary, volume.secondary)
@@ -47,6 +49,12 @@ def serving_node(definition: Definition, volume: Volume) -> Node:
         f"no node of this machine serves {definition.name}/{volume.name}: {states}",
         hint=f"`blockrepl up {definition.path}` starts the nodes; `blockrepl takeover` makes the secondaries active",
     )
+
+
+def _newness(status: Message, entry: Message) -> tuple[int, bool, bool]:
+    """An old source may still answer after a takeover, and a split S-VOL may be used too."""
+    epoch = int((status.get("epoch") or {}).get("number") or 0)
+    return epoch, entry.get("state") == "SSWS", entry.get("role") == "P-VOL"
 
 
 def attached_node(definition: Definition, volume: Volume) -> Node | None:

@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from blockrepl.cli.asking import node_statuses
+from blockrepl.cli.asking import node_statuses, serving_node
 from blockrepl.cli.client import call
+from blockrepl.cli.groups import answering, targets
 from blockrepl.cli.output import bytes_text, console, error_console, print_error, print_json
 from blockrepl.cli.targets import File, Json, Target, find, find_volume
 from blockrepl.definition import Definition, Node, Volume
@@ -51,14 +52,16 @@ def takeover(
 
 def _answering_secondary(definition: Definition) -> Node:
     """Any local one leads; it asks the others itself."""
-    secondaries = [node for node in definition.local_nodes() if node.role == "secondary"]
+    local = definition.local_nodes()
+    secondaries = [node for site in (0, 1) for node in definition.targets(site) if node in local]
     if not secondaries:
         raise UsageError(
             "no secondary of this group belongs on this machine", hint="run takeover where one does: see `blockrepl ls`"
         )
-    for status in node_statuses(definition):
-        if status.get("role") == "secondary" and status["state"] not in ("down", "silent", "elsewhere"):
-            return definition.node(str(status["node"]))
+    statuses = node_statuses(definition)
+    followers = targets(statuses) or [each for each in answering(statuses) if each.get("role") == "secondary"]
+    if followers:
+        return definition.node(str(followers[0]["node"]))
     raise NotRunningError(
         f"no secondary runs here: {', '.join(node.name for node in secondaries)}",
         hint=f"start them: blockrepl up {definition.path} --node {secondaries[0].name}",
@@ -141,7 +144,10 @@ def _volumes(target: str | None, names: list[str], file: Path | None) -> tuple[D
 
 
 def _verify_one(definition: Definition, volume: Volume) -> Message:
-    node = definition.node(volume.primary)
+    try:
+        node = serving_node(definition, volume)
+    except NotRunningError:
+        node = definition.node(volume.primary)  # its own error says more
     if not sys.stderr.isatty():
         return call(node.directory, "verify", {"volume": volume.name}, timeout_s=SILENCE_S)
     bar = Progress(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import blockrepl
-from blockrepl.cli import config, copies, devices, doctor, journal, lifecycle, status
+from blockrepl.cli import bitmap, config, copies, devices, doctor, explain, journal, lifecycle, pair, replacing, status
 from blockrepl.cli.output import print_error
 from blockrepl.errors import BlockreplError
 
@@ -48,10 +48,15 @@ for command in (
     status.status,
     copies.takeover,
     copies.verify,
+    replacing.replace,
+    explain.explain,
     journal.journal,
+    bitmap.bitmap,
     doctor.doctor,
 ):
     app.command()(command)
+app.add_typer(pair.app, name="pair")
+app.add_typer(pair.node_app, name="node")
 app.add_typer(config.app, name="config")
 
 

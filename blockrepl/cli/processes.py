@@ -112,6 +112,20 @@ def wait_ready(started: Started, deadline_s: float) -> None:
         time.sleep(POLL_S)
 
 
+def wait_answers(started: Started, deadline_s: float) -> None:
+    """Return when the node answers, whether it is ready or not. Raises BlockreplError."""
+    while True:
+        code = started.process.poll() if started.process is not None else None
+        if code is not None:
+            raise _ended(started, code)
+        with contextlib.suppress(NotRunningError, TimeoutExpiredError):
+            call(started.node.directory, "status", timeout_s=max(0.1, deadline_s - time.monotonic()))
+            return
+        if time.monotonic() >= deadline_s:
+            raise TimeoutExpiredError(f"node {started.node.name} runs, but does not answer")
+        time.sleep(POLL_S)
+
+
 def _ended(started: Started, code: int) -> BlockreplError:
     how = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
     path = started.node.directory / LOG_NAME

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from blockrepl.cli.asking import node_statuses, volume_entry
+from blockrepl.cli.groups import group_pair, intermediate, resync_progress, sources
 from blockrepl.cli.output import bytes_text, console, number_text, print_json
 from blockrepl.cli.targets import File, Json, find
 from blockrepl.definition import Definition, Volume
@@ -57,15 +58,30 @@ def merged(definition: Definition) -> Message:
     nodes = node_statuses(definition)
     by_name = {node["node"]: node for node in nodes}
     epochs = [node["epoch"] for node in nodes if isinstance(node.get("epoch"), dict)]
+    copied, total = resync_progress(nodes)
+    middle = intermediate(nodes)
     return {
         "schema": SCHEMA,
         "group": definition.name,
         "group_id": str(definition.group_id),
         "definition": str(definition.path),
         "epoch": max(epochs, key=lambda epoch: int(epoch.get("number") or 0), default=None),
+        "pair": group_pair(nodes) if definition.replicated else "SMPL",
+        "direction": next((node.get("direction") for node in [*sources(nodes), middle]), None),
+        "out_of_sync_bytes": {
+            "hop1": _hop1(nodes),
+            "hop2": (middle.get("out_of_sync_bytes") or {}).get("hop2"),
+        },
+        "resync": {"copied_bytes": copied, "total_bytes": total} if total else None,
         "volumes": [_volume(definition, volume, by_name) for volume in definition.volumes],
         "nodes": nodes,
     }
+
+
+def _hop1(nodes: list[Message]) -> int | None:
+    """By the bitmaps of the sources; null when none answers."""
+    known = [node["out_of_sync_bytes"] for node in sources(nodes) if isinstance(node.get("out_of_sync_bytes"), dict)]
+    return sum(sum(each.values()) for each in known) if known else None
 
 
 def _volume(definition: Definition, volume: Volume, nodes: dict[str, Message]) -> Message:
@@ -84,7 +100,7 @@ def _lag(definition: Definition, volume: Volume, nodes: dict[str, Message]) -> M
     if not volume.replicated:
         return None
     for peer in nodes[definition.intermediate.name].get("peers") or []:
-        if peer.get("node") == volume.secondary:
+        if peer.get("node") in (volume.primary, volume.secondary) and "lag_writes" in peer:
             return {key: peer.get(f"lag_{key}") for key in ("writes", "bytes", "s")}
     return {"writes": None, "bytes": None, "s": None}
 
@@ -125,13 +141,25 @@ def _picture(document: Message) -> Lines:
             if role in volume:
                 end = volume[role]
                 shown.add(end["node"])
-                lag = volume["lag"] if role == "secondary" else None
+                kind = end.get("role") or kind
+                lag = volume["lag"] if kind == "S-VOL" else None
                 _row(table, volume["name"], kind, nodes[end["node"]], end["state"], lag)
     for name, node in nodes.items():
         if name not in shown:
             _row(table, "-", str(node.get("role", "-")), node, node.get("state"), None)
     title = Text.assemble((str(document["group"]), "bold"), f"  {epoch_text}  {document['definition']}")
-    return Lines(title, table, *_remarks(document))
+    return Lines(title, Text(_pair_text(document)), table, *_remarks(document))
+
+
+def _pair_text(document: Message) -> str:
+    """The group as a whole: its pair state, which way it copies, what is out of sync, how far a resync is."""
+    way = {0: "primaries to secondaries", 1: "secondaries to primaries"}.get(document["direction"], "-")
+    out = document["out_of_sync_bytes"]
+    text = f"{document['pair']}  {way}  out of sync: hop 1 {bytes_text(out['hop1'])}, hop 2 {bytes_text(out['hop2'])}"
+    if document["resync"]:
+        copied, total = document["resync"]["copied_bytes"], document["resync"]["total_bytes"]
+        text += f"  resync: {100 * copied // total}% of {bytes_text(total)}"
+    return text
 
 
 def _row(table: Table, volume: str, role: str, node: Message, state: Any, lag: Message | None) -> None:

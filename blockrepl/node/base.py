@@ -173,6 +173,11 @@ def epoch_json(epoch: Epoch) -> dict[str, Any] | None:
     return {"number": epoch.number, "id": epoch.id.hex()} if epoch.number else None
 
 
+def history_json(history: list[tuple[Epoch, int]]) -> list[dict[str, Any]]:
+    """For status: epochs that a node has worked in, oldest first, each with the last number of it."""
+    return [{"number": epoch.number, "id": epoch.id.hex(), "last": last} for epoch, last in history]
+
+
 def volume_argument(args: dict[str, Any], names: list[str]) -> str:
     """The "volume" argument of a command, checked. Raises UsageError."""
     name = args.get("volume")

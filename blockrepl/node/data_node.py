@@ -15,7 +15,8 @@ from typing import Any
 from blockrepl.chunks import Chunk
 from blockrepl.definition import Definition, Node
 from blockrepl.errors import ProtocolError, StorageError, UsageError
-from blockrepl.node.base import NodeBase, volume_argument
+from blockrepl.node.base import NodeBase, history_json, volume_argument
+from blockrepl.node.bitmap_report import bitmap_report, open_writes
 from blockrepl.node.bitmaps import NodeBitmaps
 from blockrepl.node.control import Handler, Progress
 from blockrepl.node.create import STATE_NAME, image_identity, image_path, images_of, state_identity
@@ -230,7 +231,10 @@ class DataNode(NodeBase):
     # control
 
     def handlers(self) -> dict[str, Handler]:
-        return {**self.exports.handlers(), "takeover": self._take_over, "reform": self._reform, "verify": self._verify}
+        return {
+            **self.exports.handlers(), "takeover": self._take_over, "reform": self._reform, "verify": self._verify,
+            "bitmap": self._bitmap,
+        }  # fmt: skip
 
     async def _take_over(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
         state = self.target.host.role.state if self.target is not None else None
@@ -271,6 +275,16 @@ class DataNode(NodeBase):
         finally:
             self._opener = None
 
+    async def _bitmap(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        names = {volume.id: volume.name for volume in self._paired}
+        role = self.source.host.role if self.source is not None else None
+        return {
+            "node": self.node.name,
+            "volumes": bitmap_report(self._bitmaps.bitmaps, names) if self._paired else [],
+            "trusted": self.source is None or self.source.trusted,
+            "open_writes": open_writes(role, names) if role is not None and not role.state.suspended else [],
+        }
+
     async def _verify(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
         if self._verify_run is None:
             raise UsageError(f"{self.node.name} is not the source of a copy", hint="see: blockrepl status")
@@ -301,6 +315,8 @@ class DataNode(NodeBase):
             if self._paired
             else [],
             "journal": self._journal(),
+            "taken_at": self._taken_at(),
+            "history": history_json(self.target.host.role.state.history) if self.target is not None else [],
             "sessions": self.exports.sessions(),
         }  # fmt: skip
 
@@ -310,6 +326,11 @@ class DataNode(NodeBase):
         if self.target is not None:
             return target_status(self.target.host)
         return {"state": "serving", "reason": "", "epoch": None, "promised": None, "watermarks": {}}
+
+    def _taken_at(self) -> int | None:
+        """The number at which this side took over, while nothing was formed anew since."""
+        state = self.target.host.role.state if self.target is not None else None
+        return state.number if state is not None and state.active and state.rolling else None
 
     def _ready(self) -> bool:
         if self.source is not None:

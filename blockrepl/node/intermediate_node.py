@@ -13,7 +13,8 @@ from blockrepl.errors import ProtocolError, UsageError
 from blockrepl.formats.link import Message
 from blockrepl.formats.state import decode_intermediate, encode_intermediate
 from blockrepl.node.asyncio_ports import log_event
-from blockrepl.node.base import NodeBase, epoch_json, policy_of, save_last
+from blockrepl.node.base import NodeBase, epoch_json, history_json, policy_of, save_last
+from blockrepl.node.bitmap_report import bitmap_report
 from blockrepl.node.bitmaps import NodeBitmaps
 from blockrepl.node.control import Handler, Progress
 from blockrepl.node.create import JOURNAL_NAME, journal_identity
@@ -189,7 +190,7 @@ class IntermediateNode(NodeBase):
     def handlers(self) -> dict[str, Handler]:
         return {
             "pair_split": self._split, "pair_resync": self._resync, "pair_create": self._create,
-            "pair_delete": self._delete, "exclude": self._exclude, "include": self._include,
+            "pair_delete": self._delete, "exclude": self._exclude, "include": self._include, "bitmap": self._bitmap,
         }  # fmt: skip
 
     async def _split(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
@@ -217,6 +218,11 @@ class IntermediateNode(NodeBase):
 
     async def _include(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
         return self._act(self.host.role.include(self.definition.node(str(args.get("node"))).id))
+
+    async def _bitmap(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        names = {volume.id: volume.name for volume in self.definition.volumes}
+        volumes = bitmap_report(self._bitmaps.bitmaps, names)
+        return {"node": self.node.name, "volumes": volumes, "trusted": True, "open_writes": []}
 
     def _act(self, actions: list[Action]) -> dict[str, Any]:
         """Perform what an operator asked for; the answer says the state, what comes of it `status` says."""
@@ -253,6 +259,7 @@ class IntermediateNode(NodeBase):
             "volumes": [],
             "peers": [self._primary_row(node) for node in self.definition.sources(role.state.direction)]
             + [self._secondary_row(node) for node in self.definition.targets(role.state.direction)],
+            "history": history_json(role.state.history),
             "journal": {"size_bytes": journal.ring_bytes, "used_bytes": journal.used_bytes},
         }  # fmt: skip
 

@@ -8,7 +8,7 @@ become bits, durably, before PSUE is stored; then each write's bits are durable 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from blockrepl.bitmap import Bitmap
@@ -38,6 +38,10 @@ class Unconfirmed:
         columns.append((number, volume, offsets, lengths))
         if len(columns) > FOLD_AT:
             self._fold()
+
+    def columns(self) -> Iterator[Columns]:
+        """For people: what is in here, oldest first, but what was folded into bits."""
+        return iter(self._columns)
 
     def confirmed(self, number: int) -> None:
         """Everything up to ``number`` is validated, and durable in the P-VOLs."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from construct.core import ConstructError
 
 from blockrepl.bitmap import Bitmap
-from blockrepl.errors import DamagedError, IdentityError, StorageError
+from blockrepl.errors import DamagedError, IdentityError, MissingError, StorageError
 from blockrepl.formats.bitmap import (
     PAGE_BITS_BYTES,
     PAGE_BYTES,
@@ -84,6 +84,20 @@ class BitmapFile:
             os.close(fd)
             raise
         return cls(path, fd, bitmap)
+
+    @classmethod
+    def read(cls, path: Path, identity: BitmapIdentity) -> Bitmap:
+        """What a file says, unlocked: for looking at it. Raises MissingError, IdentityError, DamagedError."""
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise MissingError(f"{path} is missing", hint="`blockrepl create` makes it, once") from None
+        except OSError as error:
+            raise storage_error(f"cannot open {path}", error) from error
+        try:
+            return cls._read(path, fd, identity)
+        finally:
+            os.close(fd)
 
     @staticmethod
     def _read(path: Path, fd: int, identity: BitmapIdentity) -> Bitmap:

@@ -263,6 +263,11 @@ def test_help_names_every_command(run: Run) -> None:
         "journal",
     } | {
         "doctor",
+        "explain",
+        "pair",
+        "bitmap",
+        "replace",
+        "node",
         "config",
     }
 
