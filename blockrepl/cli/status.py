@@ -91,7 +91,7 @@ def _volume(definition: Definition, volume: Volume, nodes: dict[str, Message]) -
     for role, name in pair.items():
         entry = volume_entry(nodes[name], volume.name) or {}
         ends[role] = {"node": name, "state": entry.get("state") or nodes[name].get("state")}
-        ends[role] |= {key: entry.get(key) for key in ("active", "attached", "nbd", "iscsi")}
+        ends[role] |= {key: entry.get(key) for key in ("role", "active", "attached", "nbd", "iscsi")}
     lag = _lag(definition, volume, nodes)
     return {"name": volume.name, "id": volume.id, "size_bytes": volume.size_bytes, **ends, "lag": lag}
 

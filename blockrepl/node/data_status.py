@@ -12,9 +12,6 @@ from blockrepl.replication import secondary
 from blockrepl.replication.primary import Primary
 from blockrepl.replication.secondary import Secondary
 
-TARGET_PAIRS = {secondary.Phase.ACTIVE: "SSWS", secondary.Phase.FOLLOWING: "PAIR"}
-
-
 def source_pair(role: Primary) -> str:
     """Of the volumes of a primary role: its own state while it is suspended, else the group's as it was told."""
     if role.state.suspended:
@@ -56,8 +53,11 @@ def source_status(host: PrimaryHost, names: dict[int, str]) -> dict[str, Any]:
 
 def target_pair(role: Secondary) -> str:
     """Of the volumes of a secondary role."""
-    pair = TARGET_PAIRS.get(role.phase, "PSUE")
-    return "PSUE" if pair == "PAIR" and not role.link else pair
+    if role.phase is not secondary.Phase.FOLLOWING or not role.link:
+        return "SSWS" if role.phase is secondary.Phase.ACTIVE else "PSUE"
+    if role.state.split:
+        return "PSUS"
+    return "COPY" if role.state.copying else Pair(role.state.pair).name
 
 
 def target_status(host: SecondaryHost) -> dict[str, Any]:

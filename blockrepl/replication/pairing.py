@@ -28,6 +28,17 @@ FULL_S = 1.0  # how long a ring must have been full before hop 2 is suspended
 RETRY_S = 2.0  # between attempts at a resync that nobody asked for
 
 
+COMES_FIRST = {
+    Pair.SMPL: "there is no pair: blockrepl pair create",
+    Pair.COPY: "wait for the copy to end: blockrepl pair wait -s PAIR",
+    Pair.PAIR: "split it first: blockrepl pair split",
+    Pair.PFUL: "split it first: blockrepl pair split",
+    Pair.PSUS: "it is split: blockrepl pair resync",
+    Pair.PSUE: "it is suspended: blockrepl pair resync",
+    Pair.PFUS: "it comes back by itself, or at once: blockrepl pair resync",
+}  # what is typed before a command that a state forbids
+
+
 class Step(Enum):
     """What is being done to the pair."""
 
@@ -192,7 +203,8 @@ class Pairing:
 
     # operators
 
-    def _forbid(self, command: str, allowed: set[Pair], first: str) -> None:
+    def _forbid(self, command: str, allowed: set[Pair], first: str = "") -> None:
+        """Raises UsageError that names the state, and which command comes first."""
         pair = self.pair
         if self._owner.phase is not Phase.SERVING:
             raise UsageError(
@@ -200,13 +212,13 @@ class Pairing:
                 hint="see: blockrepl status",
             )
         if pair not in allowed:
-            raise UsageError(f"{command} is not possible in state {pair.name}", hint=first)
+            raise UsageError(f"{command} is not possible in state {pair.name}", hint=first or COMES_FIRST[pair])
         if self.step is not Step.IDLE and command != "pair split":
             raise UsageError(f"{command} is not possible while {self.step.value}", hint="see: blockrepl status")
 
     def split(self, *, writable: bool, now_s: float) -> list[Action]:
         """`pair split`: stop hop 2 at one number. Raises UsageError."""
-        self._forbid("pair split", {Pair.PAIR, Pair.PFUL, Pair.COPY}, "only a pair in PAIR or COPY can be split")
+        self._forbid("pair split", {Pair.PAIR, Pair.PFUL, Pair.COPY})
         owner = self._owner
         if self.step in UNDER_WAY or self.step in BEFORE_START:
             if writable:
@@ -236,9 +248,8 @@ class Pairing:
         if verify:
             allowed |= {Pair.PAIR, Pair.PFUL}
         name = "pair create" if initial else "pair resync"
-        first = "only a split or suspended pair can be resynchronised: blockrepl pair split"
-        if self.pair is Pair.SMPL:
-            first = "there is no pair: blockrepl pair create"
+        exists = initial and self.pair in (Pair.PAIR, Pair.PFUL)
+        first = "the pair is there already; to copy all of it again: blockrepl pair delete" if exists else ""
         self._forbid(name, allowed, first)
         missing = self._missing()
         if missing:
@@ -256,7 +267,7 @@ class Pairing:
     def delete(self, now_s: float) -> list[Action]:
         """`pair delete`: the secondaries are let go at the number they are at; everything counts as different."""
         allowed = {Pair.PAIR, Pair.PFUL, Pair.PSUS, Pair.PSUE, Pair.PFUS, Pair.COPY}
-        self._forbid("pair delete", allowed, "there is no pair")
+        self._forbid("pair delete", allowed)
         for bitmap in self.bitmaps.values():
             bitmap.fill()
         return self._suspend_hop2(Pair.SMPL, "the pair is deleted")
