@@ -12,6 +12,7 @@ from blockrepl.replication import secondary
 from blockrepl.replication.primary import Primary
 from blockrepl.replication.secondary import Secondary
 
+
 def source_pair(role: Primary) -> str:
     """Of the volumes of a primary role: its own state while it is suspended, else the group's as it was told."""
     if role.state.suspended:
@@ -42,8 +43,8 @@ def source_status(host: PrimaryHost, names: dict[int, str]) -> dict[str, Any]:
         "out_of_sync_bytes": {names[volume]: bitmap.dirty_bytes for volume, bitmap in role.bitmaps.items()},
         "resync": {
             "id": copier.resync, "verify": copier.verify,
-            "copied_bytes": copier.compared_bytes if copier.verify else copier.copied_bytes,
-            "total_bytes": copier.total_bytes,
+            "copied_bytes": copier.compared_bytes if copier.compares else copier.copied_bytes,
+            "total_bytes": copier.total_bytes, "sent_bytes": copier.copied_bytes,
         }
         if copier is not None
         else None,

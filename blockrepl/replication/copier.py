@@ -15,6 +15,7 @@ CHUNK_BYTES = 256 << 10  # one copy record
 WINDOW_CHUNKS = 8  # being read, or not acknowledged yet
 DIGEST_BYTES = 1 << 20  # blocks compared by one digest record
 DIGEST_WINDOW = 4
+DIGEST_AGAIN_S = 10.0  # a secondary that restarts forgets what it was asked
 
 Range = tuple[int, int, int]
 """(volume, start, end) in bytes."""
@@ -28,18 +29,22 @@ class Copier:
 
     def __init__(
         self, resync: int, bitmaps: Mapping[int, Bitmap], *, verify: bool, rate_bytes: int, cursor: tuple[int, int],
-        now_s: float,
+        now_s: float, compare: bool = False,
     ) -> None:  # fmt: skip
-        """``cursor``: (volume, block) to go on from; (0, 0) for the beginning. ``rate_bytes``: a second, 0 for any."""
+        """``cursor``: (volume, block) to go on from; (0, 0) for the beginning. ``rate_bytes``: a second, 0 for any.
+
+        ``verify``: every block is compared, and copied if it differs; ``compare``: so are those that the bitmaps say.
+        """
         self.resync = resync
         self.rate_bytes = rate_bytes
         self.verify = verify
+        self.compares = verify or compare
         self.copied_bytes = 0
         self.compared_bytes = 0
         self._bitmaps = bitmaps
         self._found: deque[Range] = deque()  # differences
         self._flying: deque[Range] = deque()  # handed out and not acknowledged, in order
-        self._digests: dict[tuple[int, int], int] = {}  # (volume, start) → end, asked and not answered
+        self._digests: dict[tuple[int, int], tuple[int, float]] = {}  # (volume, start) → end, when asked; no answer yet
         self._again: deque[Range] = deque()  # digests to be asked again
         self._todo = self._whole() if verify else self._dirty(cursor)
         self._cursor = cursor
@@ -71,20 +76,26 @@ class Copier:
         """A range to be copied now; it is under way until `acknowledged`."""
         if len(self._flying) >= WINDOW_CHUNKS or not self._may(now_s):
             return None
-        found = self._found.popleft() if self._found else (None if self.verify else self._next())
+        found = self._found.popleft() if self._found else (None if self.compares else self._next())
         if found is None:
             return None
         self._flying.append(found)
         self._budget_bytes -= found[2] - found[1]
         return found
 
-    def next_digest(self) -> Range | None:
-        """A range to be compared now; it is under way until `compared`."""
-        if not self.verify or len(self._digests) >= DIGEST_WINDOW or len(self._found) >= WINDOW_CHUNKS:
+    def next_digest(self, now_s: float) -> Range | None:
+        """A range to be compared now; it is under way until `compared`. One that is not answered is asked again."""
+        if not self.compares:
+            return None
+        for (volume, start), (end, asked_s) in self._digests.items():
+            if now_s - asked_s >= DIGEST_AGAIN_S:
+                self._digests[volume, start] = end, now_s
+                return volume, start, end
+        if len(self._digests) >= DIGEST_WINDOW or len(self._found) >= WINDOW_CHUNKS:
             return None
         found = self._again.popleft() if self._again else self._next()
         if found is not None:
-            self._digests[found[0], found[1]] = found[2]
+            self._digests[found[0], found[1]] = found[2], now_s
         return found
 
     def _next(self) -> Range | None:
@@ -104,9 +115,10 @@ class Copier:
 
     def compared(self, volume: int, start: int, different: list[int], block_bytes: int) -> bool:
         """The secondary has compared a range. False: it was not asked for by this resync."""
-        end = self._digests.pop((volume, start), None)
-        if end is None:
+        asked = self._digests.pop((volume, start), None)
+        if asked is None:
             return False
+        end = asked[0]
         self.compared_bytes += end - start
         size_bytes = self._bitmaps[volume].size_bytes
         for offset in different:
@@ -120,7 +132,7 @@ class Copier:
                 del self._flying[index]
                 self.copied_bytes += each[2] - start
                 break
-        if not self.verify:
+        if not self.compares:
             at = self._flying[0][:2] if self._flying else (volume, start)
             self._cursor = at[0], at[1] // self._bitmaps[at[0]].block_bytes
 
@@ -130,15 +142,15 @@ class Copier:
             if each[:2] not in copies:
                 self._flying.remove(each)
                 self._found.appendleft(each)
-        for (volume, start), end in list(self._digests.items()):
+        for (volume, start), (end, _) in list(self._digests.items()):
             if (volume, start) not in digests:
                 del self._digests[volume, start]
                 self._again.append((volume, start, end))
 
     @property
     def cursor(self) -> tuple[int, int]:
-        """(volume, block) to go on from after a restart; a verify begins anew."""
-        return (0, 0) if self.verify or self._found else self._cursor
+        """(volume, block) to go on from after a restart; what compares begins anew."""
+        return (0, 0) if self.compares or self._found else self._cursor
 
     @property
     def done(self) -> bool:

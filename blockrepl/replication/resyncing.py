@@ -26,6 +26,7 @@ class Resyncing:
         self._told = False  # COPIED went out on this link
         self._pending: dict[str, Any] | None = None  # RESYNC that waits for solo writes and for bits
         self._saving = False
+        self.compare = False  # the group was formed anew: bits are a superset, and the old sources may have the same
 
     @property
     def under_way(self) -> bool:
@@ -107,9 +108,10 @@ class Resyncing:
         if self.copier is None or self.copier.resync != fields["id"]:
             self.copier = Copier(
                 fields["id"], owner.bitmaps, verify=fields["verify"], rate_bytes=fields["rate_bytes"], cursor=cursor,
-                now_s=now_s,
+                now_s=now_s, compare=self.compare,
             )  # fmt: skip
-        text = f"resync {fields['id']}: {self.copier.total_bytes} bytes to {'compare' if fields['verify'] else 'copy'}"
+        what = "compare" if self.copier.compares else "copy"
+        text = f"resync {fields['id']}: {self.copier.total_bytes} bytes to {what}"
         return [Event(text), *owner.numbered_again(now_s), *self.copy_more(now_s)]
 
     # copying
@@ -124,7 +126,7 @@ class Resyncing:
             if found is None:
                 break
             owner.locks.lock(owner.next_token(), Purpose.COPY, *found)
-        while (found := copier.next_digest()) is not None:
+        while (found := copier.next_digest(now_s)) is not None:
             owner.locks.lock(owner.next_token(), Purpose.DIGEST, *found)
         actions = owner.read_ready() if len(owner.locks) else []
         if copier.done and not self._told:
@@ -136,7 +138,7 @@ class Resyncing:
     def compared(self, fields: dict[str, Any], now_s: float) -> bool:
         """DIGESTED: whether it belongs to this resync."""
         copier = self.copier
-        if copier is None or not copier.verify or not fields["blocks"]:
+        if copier is None or not copier.compares or not fields["blocks"]:
             return False
         lengths = -(-fields["length_bytes"] // fields["blocks"])
         block_bytes = 1 << (lengths - 1).bit_length()
@@ -179,7 +181,7 @@ class Resyncing:
         owner, state = self._owner, self._owner.state
         if not resync or resync != state.resync or state.suspended or owner.suspending:
             return []
-        self.copier, self._told = None, False
+        self.copier, self._told, self.compare = None, False, False
         for bitmap in owner.bitmaps.values():
             bitmap.clear()
 

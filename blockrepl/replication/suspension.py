@@ -151,6 +151,7 @@ class Suspension:
 
         def stored(now_s: float) -> list[Action]:
             owner.begin_anew()
+            owner.resyncing.compare = True
             return [Event(f"formed anew in epoch {epoch}"), Reformed()]
 
         closed: list[Action] = [Close(owner.link, "the group is formed anew")] if owner.link else []
