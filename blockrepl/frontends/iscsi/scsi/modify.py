@@ -35,12 +35,14 @@ from blockrepl.frontends.iscsi.scsi.refusal import Refusal, bad_cdb, bad_paramet
 from blockrepl.frontends.iscsi.scsi.transfer import (
     Write,
     add,
+    checked_address,
     data_for,
     end_write,
     first_error,
     length_byte,
     read_range,
     submit,
+    write_blocks,
     write_flags,
 )
 from blockrepl.frontends.iscsi.scsi.unit import PENDING, Answer, LogicalUnit
@@ -55,7 +57,7 @@ def _modify(
     unit: LogicalUnit, task: Task, offset: int, length: int, change: Callable[[memoryview], bytes | memoryview]
 ) -> Answer:
     """Read a range, write what ``change`` makes of it. ``change`` raises Refusal to leave it as it is."""
-    flags = write_flags(unit, task.cdb)
+    flags = write_flags(unit, task.cdb) if task.cdb[0] != Opcode.WRITE_6 else write_flags(unit, task.cdb, 0)
 
     def end(error: BlockError | None) -> None:
         end_write(unit, task, claim, error)
@@ -81,6 +83,21 @@ def _modify(
     claim = Claim([(offset, offset + length)], True, go)
     unit.claim(claim)
     return PENDING
+
+
+def write(unit: LogicalUnit, task: Task, state: NexusState) -> Answer:
+    """WRITE (6), (10), (12), (16). When the initiator announced a part of a block less than the CDB says, what it sent
+    is written and the rest of that block stays; the residual count says so (RFC 7143, 11.4.5.2)."""
+    size = min(address(task.cdb)[1] * unit.block_bytes, task.out_bytes)
+    if not size % unit.block_bytes:
+        return write_blocks(unit, task, state)
+    offset, _ = checked_address(unit, task.cdb, length_byte(task.cdb))
+    data = joined(task.data_out)[:size]
+
+    def change(view: memoryview) -> bytes:
+        return bytes(data) + bytes(view[size:])
+
+    return _modify(unit, task, offset, -(-size // unit.block_bytes) * unit.block_bytes, change)
 
 
 def compare_and_write(unit: LogicalUnit, task: Task, state: NexusState) -> Answer:

@@ -201,8 +201,8 @@ def _read(unit: LogicalUnit, task: Task, offset: int, length: int) -> None:
         done(None)
 
 
-def write(unit: LogicalUnit, task: Task, state: NexusState) -> Answer:
-    """WRITE (6), (10), (12), (16), WRITE ATOMIC (16) behind its own checks."""
+def write_blocks(unit: LogicalUnit, task: Task, state: NexusState) -> Answer:
+    """WRITE (6), (10), (12), (16) of whole blocks, WRITE ATOMIC (16) behind its own checks."""
     cdb = task.cdb
     offset, length = checked_address(unit, cdb, length_byte(cdb))
     views = data_for(unit, task, length)
@@ -233,7 +233,7 @@ def write_atomic(unit: LogicalUnit, task: Task, state: NexusState) -> Answer:
         raise bad_cdb(12)
     if task.out_bytes < count * unit.block_bytes:
         raise illegal(Asc.INVALID_FIELD_IN_COMMAND_INFORMATION_UNIT)
-    return write(unit, task, state)
+    return write_blocks(unit, task, state)
 
 
 def synchronize_cache(unit: LogicalUnit, task: Task, state: NexusState) -> Answer:
