@@ -253,6 +253,7 @@ def test_a_group_has_one_iscsi_target_and_each_volume_a_lun_of_its_own(tmp_path:
     ("old", "new", "words"),
     [
         ("[group]", '[iscsi]\ntarget = "IQN.2001-04.com.example"\n[group]', r"\$.iscsi.target: .* is no iSCSI name"),
+        ("[group]", "[iscsi]\nphysical_block = 1024\n[group]", r"\$.iscsi.physical_block: 1024 is not"),
         ("[group]", '[iscsi]\ninitiators = ["a b"]\n[group]', r"\$.iscsi.initiators\[0\]: is no name"),
         ("[group]", "[iscsi.chap]\nusers = []\n[group]", r"\$.iscsi.chap.users: nobody could log in"),
         ("[group]", "[iscsi]\nchap = {}\n[group]", "the key users is missing"),

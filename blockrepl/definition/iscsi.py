@@ -41,9 +41,13 @@ class Chap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Iscsi(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The target of the group. ``initiators`` are globs of names; without them only loopback is let in."""
+    """The target of the group. ``initiators`` are globs of names; without them only loopback is let in.
+
+    ``physical_block`` is what initiators are told of the medium: 0 is the group's block size.
+    """
 
     target: str | None = None
+    physical_block: int = 0
     initiators: tuple[str, ...] | None = None
     chap: Chap | None = None
 
@@ -54,6 +58,8 @@ def iscsi_problems(iscsi: Iscsi) -> Iterator[Problem]:
     if name is not None and (len(name.encode()) > MAX_NAME_BYTES or NAME_PATTERN.fullmatch(name) is None):
         hint = f'write target = "{NAME_PREFIX}demo", or leave the key out'
         yield "iscsi.target", f'"{name}" is no iSCSI name in lower case (iqn., eui. or naa.)', hint
+    if iscsi.physical_block not in (0, 512, 4096):
+        yield "iscsi.physical_block", f"{iscsi.physical_block} is not 512 or 4096", "or leave the key out"
     for place, pattern in enumerate(iscsi.initiators or ()):
         if not pattern or re.search(r"\s", pattern):
             hint = 'write the name of an initiator, such as "iqn.1993-08.org.debian:*"'

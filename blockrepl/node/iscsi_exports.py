@@ -48,7 +48,12 @@ class IscsiExports:
         for volume in definition.volumes_at(node.name):
             if "iscsi" in volume.frontends:
                 identity = UnitIdentity(
-                    definition.group_id, volume.id, volume.name, volume.size_bytes, definition.block_size_bytes
+                    definition.group_id,
+                    volume.id,
+                    volume.name,
+                    volume.size_bytes,
+                    definition.block_size_bytes,
+                    definition.iscsi.physical_block,
                 )
                 unit = self._device.add(definition.lun_of(volume), identity, {})
                 self._units[volume.name] = volume, unit
