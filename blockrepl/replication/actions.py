@@ -264,6 +264,14 @@ class ReadBlocks:
 
 
 @dataclass(slots=True)
+class ReadMetadata:
+    """Read what front ends keep with a volume, to be copied; answered by `metadata_read(token, data)`."""
+
+    volume: int
+    token: int
+
+
+@dataclass(slots=True)
 class Digested:
     """The secondary has compared a digest record; ``fields`` as in link message DIGESTED."""
 
@@ -282,5 +290,5 @@ Action = (
     Send | Close | Append | AppendNote | SyncJournal | SaveState | Transmit | Replay | Trim | Truncate | Apply
     | HaltApply | OpenUndo | RestoreUndo | DropUndo | Withdraw | Publish | BecomeSource | SaveBits | MarkJournal
     | CopyOwn | Forget | Reformed | SyncVolumes | StoreBatch | StoreRecord | FailBatch | DigestBlocks | ReadBlocks
-    | Digested | Event
+    | ReadMetadata | Digested | Event
 )  # fmt: skip
