@@ -224,8 +224,16 @@ def decode_head(view: memoryview) -> RecordHead:
 def peek(header: memoryview | bytes) -> tuple[int, int]:
     """Kind of a record and bytes of its entry table, from its header alone: it was checked when it came in."""
     fields = PRIMARY_PART.unpack_from(header)
-    kind, count = fields[2], fields[8]
+    kind, count = fields[2], fields[9]
     return kind, count * ENTRY_BYTES
+
+
+def peek_size(header: memoryview | bytes) -> int:
+    """Bytes of the record that begins here. Raises DamagedError when none does."""
+    fields = PRIMARY_PART.unpack_from(header)
+    if fields[0] != RECORD_MAGIC or fields[10] > MAX_BODY_BYTES:
+        raise DamagedError(f"not a record: magic {fields[0]:#x}")
+    return HEADER_BYTES + int(fields[10])
 
 
 def _decode(view: memoryview, error: type[ProtocolError] | type[DamagedError]) -> RecordHead:

@@ -681,7 +681,7 @@ class Primary:
                     copy=copy,
                     digest=digest,
                     metadata=metadata,
-                )  # fmt: skip
+                )
             )
             self.next_batch += 1
         self._release_deferred()
