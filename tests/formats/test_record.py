@@ -205,5 +205,5 @@ def test_what_is_peeked_at_is_what_is_decoded() -> None:
         RecordKind.UPDATE, bytes(16), 1, 2, 3, 77, 5, [Op.WRITE, Op.ZERO, Op.WRITE], [0] * 3, [0, 512, 4096],
         [512, 512, 512], [bytes(512), None, bytes(512)], 1024,
     )  # fmt: skip
-    assert peek(head) == (RecordKind.UPDATE, 3 * ENTRY_BYTES)
-    assert peek_size(head) == size
+    assert peek(bytes(head)) == (RecordKind.UPDATE, 3 * ENTRY_BYTES)
+    assert peek_size(bytes(head)) == size
