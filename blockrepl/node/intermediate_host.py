@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from blockrepl.chunks import Chunk
@@ -23,19 +22,17 @@ from blockrepl.formats.record import (
 from blockrepl.formats.state import encode_intermediate
 from blockrepl.node.host import Host
 from blockrepl.node.intermediate_volumes import IntermediateVolumes
-from blockrepl.node.ports import Clock, Links, Log, Spills, Workers
+from blockrepl.node.ports import Clock, Links, Log, Workers
 from blockrepl.node.trimmer import Trimmer
 from blockrepl.replication.actions import (
     Append,
     CopyOwn,
-    DropSpill,
     Forget,
     MarkJournal,
     Reformed,
     Replay,
     SaveBits,
     SaveState,
-    Spill,
     Transmit,
 )
 from blockrepl.replication.intermediate import Intermediate
@@ -85,15 +82,13 @@ class IntermediateHost(Host):
         workers: Workers,
         log: Log,
         volumes: IntermediateVolumes | None = None,
-        spills: Spills | None = None,
     ) -> None:
-        """``volumes``: in volumes mode. ``spills``: what is kept for primaries that are away, loaded."""
+        """``volumes``: in volumes mode."""
         super().__init__(links, clock, workers, log)
         self.role = role
         self.journal = journal
         self.on_reformed: Callable[[], None] = lambda: None  # the owner builds role and host anew
         self._save_bits = save_bits
-        self._spills = spills
         self.volumes = volumes
         if volumes is not None:
             volumes.on_failed = self.fail
@@ -107,14 +102,13 @@ class IntermediateHost(Host):
             MarkJournal: self._mark_journal,
             Forget: self._forget,
             CopyOwn: self._copy_own,
-            Spill: self._spill,
-            DropSpill: self._drop_spill,
             Reformed: lambda _action: self.on_reformed(),
         }
         self._undurable: deque[Kept] = deque()
         self._unfit: deque[Append] = deque()  # appended when the ring has room again
         self._cache: dict[int, deque[Kept]] = {node: deque() for node in role.streams.by_node}
         self._cache_bytes = 0
+        self._marks: list[MarkJournal] = []  # wait for records that are not durable yet
         self._dirty = False
         self._settling = False
         self._replays: dict[int, ReplayJob] = {}
@@ -218,6 +212,9 @@ class IntermediateHost(Host):
                 self._evict()
         if self._unfit:
             self._put_unfit()
+        marks, self._marks = self._marks, []
+        for action in marks:
+            self._mark_journal(action)
         self.settle()
 
     def _put_unfit(self) -> None:
@@ -270,7 +267,11 @@ class IntermediateHost(Host):
         self._guarded(lambda: self._save_bits(lambda: self._saved(action.token)))
 
     def _mark_journal(self, action: MarkJournal) -> None:
-        """Read the entries of the records asked for, by a worker; set their bits."""
+        """Read the entries of the records asked for, by a worker; set their bits. What is not durable is waited for."""
+        first = self._undurable[0] if self._undurable else self._unfit[0] if self._unfit else None
+        if first is not None and first.head.first <= action.through:
+            self._marks.append(action)
+            return
         never = INFINITY
         frames = [
             frame for frame in self.journal.journal.frames()
@@ -278,38 +279,33 @@ class IntermediateHost(Host):
             and (frame.last > action.after or frame.last > action.checkpoints.get(frame.sender, never))
         ]  # fmt: skip
 
-        def read_done(ranges: Any, error: Exception | None) -> None:
+        def read_done(found: Any, error: Exception | None) -> None:
+            # A frame that was released meanwhile may have been overwritten: what it held is validated, or marked.
+            head = self.journal.journal.head
+            kept = [(frame, ranges) for frame, ranges in found or () if frame.position >= head]
+            error = error or next((ranges for _, ranges in kept if isinstance(ranges, Exception)), None)
             if error is not None:
                 self.perform(self.role.fail(f"cannot read the journal: {error}"))
                 self.settle()
                 return
             bitmaps = self.role.pairing.bitmaps
-            for volume, offset, length in ranges:
+            for volume, offset, length in {each for _, ranges in kept for each in ranges}:
                 if volume in bitmaps:
                     bitmaps[volume].mark(offset, length)
             self._guarded(lambda: self._save_bits(lambda: self._saved(action.token)))
 
-        self.workers.run(lambda: self._read_ranges(frames) | self._spilled_ranges(action.checkpoints), read_done)
+        self.workers.run(lambda: [(frame, self._read_ranges(frame)) for frame in frames], read_done)
 
-    def _spilled_ranges(self, checkpoints: dict[int, int]) -> set[tuple[int, int, int]]:
-        """What the records beside the ring wrote, above their senders' checkpoints."""
-        found: set[tuple[int, int, int]] = set()
-        if self._spills is None:
-            return found
-        for sender, checkpoint in checkpoints.items():
-            wanted = self._spills.after(sender, checkpoint, 1 << 62)
-            for record in self._spills.read(sender, wanted) if wanted else ():
-                found.update(_ranges(record))
-        return found
-
-    def _read_ranges(self, frames: list[FrameRef]) -> set[tuple[int, int, int]]:
-        """What the records wrote, as (volume, offset, length), in blocks of the bitmaps' size."""
-        found: set[tuple[int, int, int]] = set()
-        for frame in frames:
+    def _read_ranges(self, frame: FrameRef) -> list[tuple[int, int, int]] | BlockreplError:
+        """What a record wrote, as (volume, offset, length); or why that cannot be read."""
+        try:
             kind, table_bytes = peek(self.journal.read(frame.body_offset, HEADER_BYTES))
-            if kind == RecordKind.UPDATE:
-                found.update(_ranges(self.journal.read(frame.body_offset, HEADER_BYTES + table_bytes)))
-        return found
+            if kind != RecordKind.UPDATE:
+                return []
+            table = self.journal.read(frame.body_offset + HEADER_BYTES, table_bytes)
+        except BlockreplError as error:
+            return error
+        return [(v, offset, length) for v, _, _, _, offset, length in ENTRY.iter_unpack(table)]
 
     def _copy_own(self, action: CopyOwn) -> None:
         if self.volumes is not None:
@@ -393,32 +389,6 @@ class IntermediateHost(Host):
         for record in records:
             self.links.send(link, [bulk_header(Message.RECORD, epoch, len(record)), record], None)
 
-    # primaries that are away
-
-    def _spill(self, action: Spill) -> None:
-        spills = self._spills
-        assert spills is not None
-        frames = [
-            frame for frame in self.journal.journal.frames_of_sender(action.sender, action.after, 1 << 62)
-            if frame.last <= action.through
-        ]  # fmt: skip
-
-        def keep() -> None:
-            spills.append(action.sender, list(zip([f.last for f in frames], self._read(frames), strict=True)))
-
-        def kept(_: Any, error: Exception | None) -> None:
-            if error is not None:
-                self.fail(f"cannot keep what primary {action.sender} lacks: {error}")
-            else:
-                self._saved(action.token)
-
-        self.workers.run(keep, kept)
-
-    def _drop_spill(self, action: DropSpill) -> None:
-        spills = self._spills
-        assert spills is not None
-        self.workers.run(lambda: spills.drop(action.sender), lambda _result, _error: None)
-
     # replay
 
     def _replay(self, action: Replay) -> None:
@@ -430,39 +400,21 @@ class IntermediateHost(Host):
         action = job.action
         if self._replays.get(action.link) is not job or self.links.queued_bytes(action.link) > REPLAY_QUEUE_BYTES:
             return
-        del self._replays[action.link]
-        if self._spills is not None and (beside := self._spills.after(action.sender, job.after, TRANSMIT_BYTES)):
-            self._replay_from(job, beside[-1].last, partial(self._spills.read, action.sender, beside))
-            return
         refs = self.journal.journal.frames_of_sender(action.sender, job.after, TRANSMIT_BYTES)
         frames = [frame for frame in refs if frame.last <= action.through]
+        del self._replays[action.link]
         if not frames:
             self.links.send(action.link, [action.end], None)
             return
-
-        self._replay_from(job, frames[-1].last, partial(self._read, frames))
-
-    def _replay_from(self, job: ReplayJob, last: int, read: Callable[[], list[bytes]]) -> None:
-        """Read a helping by a worker, send it, go on."""
-        action = job.action
 
         def read_done(records: Any, error: Exception | None) -> None:
             if error is not None:
                 self.perform(self.role.fail(f"cannot read the journal: {error}"))
             elif action.link in self.role.senders.by_link:
                 self._send_records(action.link, records)
-                job.after = last
+                job.after = frames[-1].last
                 self._replays[action.link] = job
                 self._replay_more(job)
             self.settle()
 
-        self.workers.run(read, read_done)
-
-
-def _ranges(record: bytes) -> set[tuple[int, int, int]]:
-    """(volume, offset, length) of every entry of a record; only its header and table are looked at."""
-    kind, table_bytes = peek(record)
-    if kind != RecordKind.UPDATE:
-        return set()
-    table = record[HEADER_BYTES : HEADER_BYTES + table_bytes]
-    return {(volume, offset, length) for volume, _, _, _, offset, length in ENTRY.iter_unpack(table)}
+        self.workers.run(lambda: self._read(frames), read_done)

@@ -26,7 +26,6 @@ from blockrepl.replication.actions import Action
 from blockrepl.replication.intermediate import Intermediate
 from blockrepl.replication.opening import Phase
 from blockrepl.storage.journal_file import JournalFile
-from blockrepl.storage.spill import SpillDirectory
 
 REFORM_GRACE_S = 2.0  # for the opener to hang up
 
@@ -53,9 +52,6 @@ class IntermediateNode(NodeBase):
             int(definition.group.journal),
         )  # fmt: skip
         state = decode_intermediate(journal.recovered.state)
-        self._spills = SpillDirectory(node.directory)
-        for sender, through in state.spilled:
-            self._spills.load(sender, through)
         state.incarnation += 1
         role = Intermediate(
             group=definition.group_id.bytes,
@@ -73,7 +69,7 @@ class IntermediateNode(NodeBase):
         reading.tell_intermediate(role)
         log_event(f"journal recovered: {len(reading.heads)} records, up to {role.numbered}", {})
         return IntermediateHost(
-            role, journal, self._bitmaps.save, self.links, self.clock, self.workers, log_event, spills=self._spills
+            role, journal, self._bitmaps.save, self.links, self.clock, self.workers, log_event
         )  # fmt: skip
 
     def _adopt(self, host: IntermediateHost) -> None:
@@ -106,8 +102,7 @@ class IntermediateNode(NodeBase):
         role.start()
         self._adopt(
             IntermediateHost(
-                role, old.journal, self._bitmaps.save, self.links, self.clock, self.workers, log_event,
-                spills=self._spills,
+                role, old.journal, self._bitmaps.save, self.links, self.clock, self.workers, log_event
             )
         )  # fmt: skip
         self._dial()

@@ -175,6 +175,9 @@ class Copying:
         if self.stage is Stage.COPYING:
             if span.end and owner.applied >= span.end:
                 return self._end(span)
+            if not span.initial and owner.applied < span.copy_from:
+                # After a power cut: what the images lack up to there is no part of the copy; no undo goes before it.
+                return self._apply(span.copy_from, undo=False)
             limit = min(owner.validated, span.end) if span.end else owner.validated
             return self._apply(limit, undo=not span.initial)
         return []

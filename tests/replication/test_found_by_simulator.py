@@ -6,12 +6,15 @@ import errno
 from typing import Any
 from unittest import mock
 
+import pytest
+
 from blockrepl.block import WriteFlag
 from blockrepl.errors import BlockError
 from blockrepl.formats.journal import frame_bytes
 from blockrepl.formats.link import NO_EPOCH, Epoch, LinkRole, Message, Refusal
+from blockrepl.formats.record import ENTRY_BYTES, HEADER_BYTES, RecordKind, decode_batch, peek
 from blockrepl.replication import opening
-from blockrepl.replication.actions import Action, AppendNote, Apply, Close, SyncJournal, SyncVolumes
+from blockrepl.replication.actions import Action, AppendNote, Apply, Close, MarkJournal, SyncJournal, SyncVolumes
 from blockrepl.replication.secondary import Phase
 from blockrepl.replication.takeover import Takeover
 from tests.replication.roles import (
@@ -305,6 +308,45 @@ def test_a_promise_waits_for_records_that_the_ring_has_no_room_for_yet() -> None
         host._trimmed()
         assert group.world.run(group.world.now_s + 0.5, lambda: bool(done))
     assert host.role.state.prepared == 1
+
+
+@pytest.mark.parametrize("batch", [1, 2, 300])
+def test_a_header_alone_says_how_many_entries_follow(batch: int) -> None:
+    """The batch number was taken for it: bits of what a suspended group missed were left out, or made up (rule 18)."""
+    chunk, _ = raw_batch(batch)
+    head = decode_batch(chunk.view)
+    assert peek(chunk.view[:HEADER_BYTES]) == (RecordKind.UPDATE, head.count * ENTRY_BYTES)
+
+
+def test_records_become_bits_only_when_they_can_be_read_from_the_journal() -> None:
+    """They were numbered, and not written yet: the ring's older bytes were read, and no bit was set (rule 18)."""
+    group = Group(1, Options(story="production", ring_bytes=1 << 20))
+    with group.limits():
+        group.create()
+        process, middle = group.primary("p1"), group.intermediate
+        assert group.world.run(5.0, lambda: process.alive and process.host.role.phase.value == "live")
+        host = middle.host
+        host.journal.inline_bytes = -1
+        middle.disk.slow_until_s = group.world.now_s + 60
+        process.volumes[1].submit(write(BLOCK))
+        assert group.world.run(group.world.now_s + 1, lambda: host.role.numbered == 1)
+        assert host.role.durable_number == 0
+        done: list[float] = []
+
+        def marked(now_s: float) -> list[Action]:
+            done.append(now_s)
+            return []
+
+        host.perform([MarkJournal(0, 1, {}, host.role.expect(marked))])
+        assert group.world.run(group.world.now_s + 5, lambda: bool(done))
+    assert host.role.pairing.bitmaps[1].count == 1
+
+
+def test_a_copy_saves_for_its_way_back_only_what_was_there_when_it_began() -> None:
+    """Power took what had been applied before a copy began; redone under the copy's undo, it was undone as well."""
+    role = secondary(applied=1, held=5, prepared=5, validated=5, copying=True, copy_from=3, start=4)
+    assert role.start() == [Apply(3, undo=False)]
+    assert role.was_applied(3, 0.0) == [Apply(5, undo=True)]
 
 
 def fua_write() -> Any:

@@ -7,11 +7,11 @@ import sys
 from collections import deque
 from contextlib import nullcontext
 
+from tests.sim.bugs import NAMES, by_name, options_for
 from tests.sim.campaign import campaign
 from tests.sim.case import Case, Failure
 from tests.sim.group import Options
-from tests.sim.plan import KINDS, STORIES
-from tests.sim.planted import NAMES, by_name, options_for
+from tests.sim.plan import KINDS, PAIR_STORIES, STORIES
 from tests.sim.shrink import Shrinker
 
 
@@ -44,11 +44,12 @@ def parse() -> argparse.Namespace:
     one = parser.add_argument_group("what a run is; drawn from the seed where not given")
     add = one.add_argument
     add("--seconds", type=float, default=Options.seconds, help="simulated seconds with faults (8)")
-    add("--story", choices=sorted(set(STORIES)))
+    add("--story", choices=sorted({*STORIES, *PAIR_STORIES}))
     add("--threads", type=int, help="hosts' threads")
     add("--volumes", type=int, choices=[1, 2, 3])
     add("--ring", type=int, metavar="BYTES", help="the intermediate's ring")
     add("--every", type=float, metavar="SECONDS", help="mean time between faults")
+    add("--duplicate", type=float, metavar="SHARE", help="of messages that come a second time")
     add("--only", type=kinds, metavar="KIND,…", help="these faults only")
     less = parser.add_argument_group("what the shrinker leaves out")
     add = less.add_argument
@@ -66,6 +67,7 @@ def options_of(args: argparse.Namespace) -> Options:
         seconds=args.seconds, threads=args.threads or planted.threads, volumes=args.volumes, ring_bytes=args.ring,
         story=story, fault_every_s=args.every or planted.fault_every_s,
         faults=args.only if args.only is not None else planted.faults,
+        duplicate=planted.duplicate if args.duplicate is None else args.duplicate,
         until_s=args.until, keep=args.faults, salt=args.salt,
     )  # fmt: skip
 

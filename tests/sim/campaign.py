@@ -14,9 +14,9 @@ from itertools import islice
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from tests.sim.bugs import by_name
 from tests.sim.case import Case, Failure
 from tests.sim.group import Options, Result
-from tests.sim.planted import by_name
 
 
 @dataclass

@@ -43,6 +43,7 @@ class Faults:
             "flipped bits": self._flip, "slow disk": self._slow_disk, "wall clock": self._wall_clock,
             "clock rate": self._clock_rate, "dry run": self._dry_run, "operator": self._operator,
             "attempt": self._attempt, "disaster": self._disaster, "takeover": self._try_takeover,
+            "split": self._split, "resync": self._resync, "verify": self._verify,
         }  # fmt: skip
 
     def stop(self) -> None:
@@ -235,6 +236,15 @@ class Faults:
         names = self.random.choice([["s1", "s1"], ["s1", "s2"], ["s2", "s2"]])
         for name in names:
             self._later(self.random.choice([0.0, 0.01]), lambda name=name: self.group.operate(name, dry_run=True))  # type: ignore[misc]
+
+    def _split(self) -> None:
+        self.group.pair("split")
+
+    def _resync(self) -> None:
+        self.group.pair("resync")
+
+    def _verify(self) -> None:
+        self.group.pair("verify")
 
     def _attempt(self) -> None:
         """A takeover at a bad moment, perhaps typed twice; its node dies before it ends, mostly."""

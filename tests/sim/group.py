@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from random import Random
 from unittest import mock
 
+from blockrepl.errors import UsageError
+from blockrepl.formats.link import Pair
 from blockrepl.replication.opening import Phase as OpeningPhase
 from blockrepl.replication.policy import Policy
 from blockrepl.replication.secondary import Phase as SecondaryPhase
@@ -39,9 +41,10 @@ class Options:
     threads: int | None = None
     volumes: int | None = None
     ring_bytes: int | None = None
-    story: str | None = None  # "production", "attempts", "disaster", "planned"
+    story: str | None = None  # one of plan.STORIES
     fault_every_s: float | None = None
     faults: tuple[str, ...] | None = None
+    duplicate: float | None = None  # how often a message comes a second time
     # For the shrinker: the same run with less in it.
     until_s: float | None = None  # hosts and faults end then
     keep: frozenset[int] | None = None  # faults of the plan, by number
@@ -76,6 +79,7 @@ def small(ring_bytes: int, cache_bytes: int) -> Iterator[None]:
         f"{hosts}.intermediate_host.REPLAY_QUEUE_BYTES": 24 << 10,
         f"{hosts}.secondary_host.CACHE_BYTES": cache_bytes,
         f"{hosts}.applying.SLICE_BYTES": 8 << 10,
+        "blockrepl.replication.copier.CHUNK_BYTES": 8 << 10,
         f"{hosts}.secondary_host.COMMIT_BYTES": 48 << 10,
     }
     log = logging.getLogger("blockrepl.node.links")
@@ -103,17 +107,19 @@ class Group:
         random = chance or Random(f"{seed} layout")
         self.network = Network(world)
         self.network.duplicate = random.choice([0, 0, 0.01])
+        if options.duplicate is not None:
+            self.network.duplicate = options.duplicate
         ring = random.choice([128 << 10, 256 << 10, 1 << 20])
         ring = options.ring_bytes or ring
         self.cache_bytes = random.choice([16 << 10, 64 << 10, 48 << 20])
         self.max_blocks = min(16, ring // (16 * 4096) * 4)
+        story = random.choice(STORIES)
+        self.story = options.story or story
         self.layout = self._layout(options, ring, random)
         self.oracle = Oracle(world, self.layout)
         self.processes = self._processes()
         self.threads = random.choice([1, 4, 12])
         self.performed: list[int] = []  # faults of the plan, by number
-        self.story = random.choice(STORIES)
-        self.story = options.story or self.story
         self.may_force = random.random() < 0.3
         self.forced = False  # a forced takeover was begun
         self.result = Result(seed, self.story)
@@ -130,7 +136,8 @@ class Group:
             heartbeat_s=0.2, link_timeout_s=1.0, hold_s=random.choice([2.0, 1000.0]), checkpoint_s=0.3,
             checkpoint_bytes=64 << 10, round_s=random.choice([0.01, 0.05]), round_bytes=64 << 10,
             open_backoff_s=random.choice([0.5, 1.0]), window_bytes=random.choice([64 << 10, 32 << 20]),
-            pending_bytes=128 << 10, suspend_when_full=False,
+            pending_bytes=128 << 10, lease_s=random.choice([0.4, 0.8]), fence_never=self.story == "never",
+            suspend_when_full=self.story in ("pairs", "never") and random.random() < 0.5,
         )  # fmt: skip
         return Layout(
             primaries={"p1": 1, "p2": 2}, intermediate=("i", 3), secondaries={"s1": 4, "s2": 5},
@@ -270,20 +277,36 @@ class Group:
                 role.phase is OpeningPhase.SERVING
                 and role.streams.validated == role.numbered == oracle.numbered
                 and not self.hosts.waiting
+                and role.pairing.pair is Pair.PAIR
+                and role.pairing.step.value == "nothing"
                 and all(self.primary(n).host.role.why_held() == "" for n in self.layout.primaries)
                 and all(self.secondary(n).host.role.applied == role.numbered for n in self.layout.secondaries)
             )
 
-        if not world.run(world.now_s + HEALED_S, quiet):
+        until_s = world.now_s + HEALED_S
+        while not world.run(world.now_s + 1.0, quiet) and world.now_s < until_s:
+            self._resync_again()
+        if not quiet():
             raise Violation(f"12, liveness: {self.picture()}")
         if self.active:
             self._end_of_takeover()
             return
+        for volume, (owner, _, _) in self.layout.volumes.items():
+            if self.processes[owner].machine.files[f"volume {volume}"].cache != oracle.image(volume, oracle.numbered):
+                raise Violation(f"{owner}: P-VOL {volume} at rest is not image({oracle.numbered})")
         for name in self.layout.secondaries:
             for volume in self.secondary(name).volume_ids:
                 found = bytes(self.processes[name].machine.files[f"volume {volume}"].cache)
                 if found != oracle.image(volume, oracle.numbered):
                     raise Violation(f"{name}: S-VOL {volume} at rest is not image({oracle.numbered})")
+
+    def _resync_again(self) -> None:
+        """The operator brings a suspended pair back."""
+        process = self.intermediate
+        if process.alive and process.host.role.pairing.pair in (Pair.PSUS, Pair.PSUE, Pair.PFUS):
+            refused = self.pair("resync")
+            if "--verify" in refused:
+                self.pair("verify")
 
     def picture(self) -> str:
         """Where everybody is."""
@@ -300,6 +323,8 @@ class Group:
                 words += (
                     f" {[(s.node, s.ready, s.sent, s.prepared, s.asked_through) for s in streams.by_node.values()]}"
                 )
+                pairing = process.host.role.pairing
+                words += f" {pairing.pair.name} {pairing.step.value} numbering {process.host.role.state.numbering}"
                 words += f" {process.host.role.opening.reason} free {process.host.role.senders.free_bytes}"
             elif isinstance(process, SecondaryProcess):
                 words += f" received {role.received} prepared {role.state.prepared} applied {role.applied}"
@@ -355,6 +380,30 @@ class Group:
         if process.alive and process.paused_until_s <= self.world.now_s:
             self.forced = self.forced or force
             self.world.enter(process, lambda: process.take_over(finished, dry_run=dry_run, force=force))
+
+    def pair(self, command: str) -> str:
+        """`pair split`, `pair resync` or `pair resync --verify`; what it was refused with, or nothing."""
+        process = self.intermediate
+        if not process.alive or process.paused_until_s > self.world.now_s:
+            return "the intermediate is away"
+        refused: list[str] = []
+
+        def run() -> None:
+            pairing, now_s = process.host.role.pairing, process.machine.clock.now_s()
+            try:
+                if command == "split":
+                    actions = pairing.split(writable=False, now_s=now_s)
+                else:
+                    actions = pairing.resync(verify=command == "verify", now_s=now_s)
+            except UsageError as error:
+                refused.append(f"{error} {error.hint}")
+                return
+            process.host.perform(actions)
+            process.host.settle()
+
+        self.world.enter(process, run)
+        self.world.say("", f"pair {command}" + (f" is refused: {refused[0]}" if refused else ""))
+        return refused[0] if refused else ""
 
     # checks
 

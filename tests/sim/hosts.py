@@ -8,9 +8,10 @@ from blockrepl.block import Op, WriteBatch, WriteFlag
 from blockrepl.errors import BlockError
 from blockrepl.node.primary_host import PrimaryVolume
 from tests.sim.network import PoisonPool
-from tests.sim.oracle import Oracle, Write
+from tests.sim.oracle import Oracle
 from tests.sim.process import BLOCK, PrimaryProcess
 from tests.sim.world import World
+from tests.sim.write import Write
 
 RETRY_S = 0.05
 
@@ -88,6 +89,7 @@ class Hosts:
         answer = self._watch(process)
         life = process.life
         self.oracle.submitting[id(batch)] = write
+        self.oracle.pairs.submitted(write)
 
         def done(batch: WriteBatch) -> None:
             assert process.life == life, "a dead process told a host"
@@ -162,6 +164,8 @@ class Hosts:
 
         def digested(fields: dict[str, object]) -> None:
             if not fields.get("aborted"):
+                if not self.oracle.pairs.consistent_at(int(str(fields["number"]))):
+                    return
                 self.digests += 1
                 assert fields["different"] == [], f"verify found differences: {fields}"
 

@@ -9,7 +9,7 @@ from typing import Any
 from blockrepl.block import Op
 from blockrepl.errors import DamagedError
 from blockrepl.formats.journal import FrameKind
-from blockrepl.formats.link import Message, decode_body, decode_header
+from blockrepl.formats.link import Message, Pair, decode_body, decode_header
 from blockrepl.formats.record import RecordHead, RecordKind, check_record, decode_head, iterate_entries
 from blockrepl.formats.slots import SlotKind
 from blockrepl.formats.state import decode_intermediate
@@ -22,6 +22,7 @@ from blockrepl.replication.takeover import Takeover
 from blockrepl.storage.recovery import recover
 from blockrepl.storage.slots import Identity
 from tests.sim.disk import SimFile
+from tests.sim.pairs import PairTruth
 from tests.sim.process import (
     IntermediateProcess,
     Layout,
@@ -31,22 +32,9 @@ from tests.sim.process import (
     Watcher,
 )
 from tests.sim.world import GROUP, Violation, World
+from tests.sim.write import Write
 
 SNAPSHOT_EVERY = 50
-
-
-@dataclass(slots=True)
-class Write:
-    """One batch of a host."""
-
-    volume: int
-    ops: list[int]
-    offsets: list[int]
-    lengths: list[int]
-    payloads: list[bytes]
-    after: int  # every write with this number or a lower one that completed had completed before
-    fua: bool = False
-    number: int = 0  # the last of its numbers, once given
 
 
 @dataclass(slots=True)
@@ -88,9 +76,11 @@ class Oracle(Watcher):
         self.welcomed: dict[str, int] = {}
         self.taken_over_at: int | None = None
         self.taken_over_drained = False
+        self.in_pair = True  # hop 2 was never suspended since all that was numbered was validated
+        self.goes_back_to: dict[str, int] = {}  # secondaries that are copying: the number that they can go back to
         self.excused: set[str] = set()  # nodes whose disks were made to fail
         self.completions = 0
-        self.stops: list[str] = []
+        self.pairs = PairTruth(layout)
 
     # history
 
@@ -105,6 +95,11 @@ class Oracle(Watcher):
 
     def appended(self, process: IntermediateProcess, head: RecordHead, record: memoryview) -> None:
         demand(head.first == self.numbered + 1, f"numbered {head.first} after {self.numbered}")
+        if head.kind in (RecordKind.START, RecordKind.END):
+            self.pairs.numbered(head, None)
+            self.records.append(Numbered(head, bytes(record), None))
+            self._lasts.append(head.last)
+            return
         key = head.sender, head.incarnation, head.batch
         demand(key in self._writes, f"a batch that nobody submitted: {key}")
         write = self._writes[key]
@@ -122,6 +117,7 @@ class Oracle(Watcher):
         if write is not None:
             demand(head.first > write.after, f"{head.first} was submitted after {write.after} had completed")
             write.number = head.last
+            self.pairs.numbered(head, write)
             self._compare(write, head, record)
         self.records.append(Numbered(head, bytes(record), write))
         self._lasts.append(head.last)
@@ -179,6 +175,8 @@ class Oracle(Watcher):
         view = memoryview(bytes(action.buffers[0]))
         fields = decode_body(decode_header(view), view)
         if kind == Message.ACK:
+            durable = process.host.role.durable_number
+            demand(fields["number"] <= durable, f"acknowledged {fields['number']}, durable is {durable}")
             self.acked = max(self.acked, fields["number"])
         elif kind == Message.WELCOME and isinstance(process, IntermediateProcess):
             self.acked = max(self.acked, fields["through"])
@@ -239,18 +237,27 @@ class Oracle(Watcher):
 
     # hosts
 
+    def storing(self, process: PrimaryProcess, batch: Any, volume: int) -> None:
+        if process.alive and process.host is not None:
+            self.pairs.storing(process, batch, volume)
+
     def complete(self, process: PrimaryProcess, write: Write) -> None:
         """A host was told that its write succeeded."""
         self.completions += 1
         number = write.number
+        known, welcomed = self.known_epoch.get(process.name, 0), self.welcomed.get(process.name, 0)
+        demand(welcomed >= known, f"{process.name} completed {number} in epoch {welcomed}, had received {known}")
+        if self.pairs.completed(process, write):
+            return
         demand(number > 0, "completed a write that was never numbered")
         index = bisect_right(self._lasts, number - 1)
         demand(index < len(self._lasts) and self.records[index].write is write, f"completed {number}, lost since")
         demand(number <= self.acked, f"completed {number}, acknowledged is {self.acked}")
-        known, welcomed = self.known_epoch.get(process.name, 0), self.welcomed.get(process.name, 0)
-        demand(welcomed >= known, f"{process.name} completed {number} in epoch {welcomed}, had received {known}")
         if self.taken_over_at is not None and self.taken_over_drained:
-            demand(number <= self.taken_over_at, f"completed {number} after a drained takeover at {self.taken_over_at}")
+            demand(
+                number <= self.taken_over_at or not self.in_pair,
+                f"completed {number} after a drained takeover at {self.taken_over_at}",
+            )
         self.completed = max(self.completed, number)
         self.completed_of[process.name] = max(self.completed_of.get(process.name, 0), number)
 
@@ -263,6 +270,8 @@ class Oracle(Watcher):
 
     def check_flushed(self, process: PrimaryProcess, volume: int, number: int) -> None:
         """Rule 4: what completed before the flush is on the platter, or a later write is."""
+        if process.name in self.pairs.alone_ever:
+            return  # what it took alone has no number
         file = process.machine.files[f"volume {volume}"]
         expected = self.image(volume, number)
         later = self.touched_after(volume, number)
@@ -279,9 +288,13 @@ class Oracle(Watcher):
         if report.dry_run:
             return
         if not report.missing:
-            demand(report.number >= self.validate_sent, f"took over at {report.number}, validated {self.validate_sent}")
+            low = min([self.validate_sent, *self.goes_back_to.values()])
+            demand(report.number >= low, f"took over at {report.number}, validated {self.validate_sent}")
         if report.drained:
-            demand(report.number >= self.completed, f"drained takeover at {report.number} lost {self.completed}")
+            demand(
+                report.number >= self.completed or not self.in_pair,
+                f"drained takeover at {report.number} lost {self.completed}",
+            )
         if self.taken_over_at is not None and self.taken_over_at != report.number:
             raise Violation(f"taken over at {self.taken_over_at} and at {report.number}")
         self.taken_over_at = report.number
@@ -317,22 +330,29 @@ class Oracle(Watcher):
                 self._check_secondary(process.name, process.host.role)
             elif isinstance(process, PrimaryProcess):
                 role = process.host.role
-                demand(role.state.checkpoint <= role.acked, "checkpoint beyond what is acknowledged")
+                demand(
+                    role.state.checkpoint <= max(role.acked, role.welcomed_through),
+                    "checkpoint beyond what is acknowledged",
+                )
 
     def _check_intermediate(self, role: Intermediate) -> None:
         streams = role.streams
+        self.in_pair = role.state.pair in (Pair.PAIR, Pair.PFUL) and not role.state.limited and role.state.numbering
         self.durable = max(self.durable, role.durable_number)
         demand(streams.validated <= role.durable_number <= role.numbered, "validated <= durable <= numbered")
         demand(streams.sent <= role.durable_number, f"sent {streams.sent} undurable, {role.durable_number} is")
         if role.phase is Phase.SERVING and all(stream.ready for stream in streams.by_node.values()):
             low = streams.valid_counter
             demand(streams.validated <= low, f"validated {streams.validated} > min prepared {low}")
-        demand(role.releasable <= streams.validated, "releases what is not validated")
+        demand(role.releasable <= streams.validated or role.state.limited, "releases what is not validated")
 
     def _check_secondary(self, name: str, role: Secondary) -> None:
         if role.phase is SecondaryPhase.FAILED:
             return
         self._forget_what_a_takeover_discarded(name, role)
+        self.goes_back_to.pop(name, None)
+        if role.copying.newest is not None:
+            self.goes_back_to[name] = role.copying.newest.copy_from
         demand(role.applied <= role.validated <= role.held, f"{name}: applied <= validated <= held")
         self.applied_at[name] = max(self.applied_at.get(name, 0), role.applied)
 
@@ -352,6 +372,8 @@ class Oracle(Watcher):
                     self._check_pvol(process, volume, number)
             elif isinstance(process, SecondaryProcess) and not process.host._applying:
                 role = process.host.role
+                if role.state.copying or role.copying.newest is not None:
+                    continue  # at no number of its own
                 if role.phase is SecondaryPhase.FOLLOWING and role.applied >= self.applied_at.get(process.name, 0):
                     for volume in process.volume_ids:
                         found = bytes(process.machine.files[f"volume {volume}"].cache)
@@ -360,8 +382,9 @@ class Oracle(Watcher):
                             raise Violation(f"{process.name}: S-VOL {volume} is not image({role.applied}){guess}")
 
     def _check_pvol(self, process: PrimaryProcess, volume: int, number: int) -> None:
+        self.pairs.check_volume(process, volume)
         found = bytes(process.machine.files[f"volume {volume}"].cache)
-        if found != self.image(volume, number):
+        if process.name not in self.pairs.alone_ever and found != self.image(volume, number):
             raise Violation(
                 f"{process.name}: P-VOL {volume} is not the writes up to {number}{self._guess(volume, found)}"
             )

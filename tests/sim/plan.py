@@ -11,6 +11,8 @@ KINDS = (
     "operator",
 )  # fmt: skip
 STORIES = ["production"] * 4 + ["attempts"] * 3 + ["disaster"] * 2 + ["planned"]
+PAIR_STORIES = ["pairs", "never"]
+PAIR_KINDS = ("split", "resync", "resync", "verify", "resync")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,13 @@ def plan(seed: int, story: str, seconds: float, every_s: float | None, kinds: tu
         while story_s < seconds:
             found.append((story_s, "attempt"))
             story_s += random.expovariate(1 / 2.5)
+    elif story in ("pairs", "never"):
+        commands_s = story_s
+        while commands_s < seconds:
+            found.append((commands_s, random.choice(PAIR_KINDS)))
+            commands_s += random.expovariate(1 / 0.7)
+        if random.random() < 0.3:
+            found.append((seconds * random.uniform(0.4, 0.9), random.choice(["disaster", "takeover"])))
     elif story in ("disaster", "planned"):
         found.append((story_s, "disaster" if story == "disaster" else "takeover"))
     return [Planned(n, at_s, kind, str(seed)) for n, (at_s, kind) in enumerate(sorted(found), start=1)]

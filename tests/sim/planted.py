@@ -251,14 +251,3 @@ PLANTED: list[tuple[Planted, Options]] = [
     (completed_at_submission, PRODUCTION),
     (replay_from_memory_of_what_was_acknowledged, POWER),
 ]
-NAMES = [planted.__name__ for planted, _ in PLANTED]
-
-
-def by_name(name: str) -> Planted:
-    """A planted bug."""
-    return next(planted for planted, _ in PLANTED if planted.__name__ == name)
-
-
-def options_for(name: str) -> Options:
-    """The runs in which it shows."""
-    return next(options for planted, options in PLANTED if planted.__name__ == name)

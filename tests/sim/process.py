@@ -34,7 +34,7 @@ from blockrepl.replication.primary import Primary
 from blockrepl.replication.secondary import Secondary
 from blockrepl.replication.takeover import OPEN, Takeover
 from blockrepl.storage.journal import Journal
-from blockrepl.storage.recovery import recover
+from blockrepl.storage.recovery import Recovered, recover
 from blockrepl.storage.slots import Identity, Slots
 from tests.sim.bits import SimBitmaps
 from tests.sim.disk import SimDisk, SimFile, SimImage, SimJournalFile, SimSlotFile, SimUndoFile
@@ -87,6 +87,9 @@ class Watcher:
 
     def activated(self, process: SecondaryProcess) -> None:
         """A secondary became active."""
+
+    def storing(self, process: PrimaryProcess, batch: Any, volume: int) -> None:
+        """A primary is about to store a host's batch in its P-VOL."""
 
     def event(self, process: Process, text: str) -> None:
         """A role's event."""
@@ -293,16 +296,20 @@ class Process:
         file = self.machine.files["journal"]
         recovered = recover(file.read, check, Identity(GROUP, self.node_id, SlotKind.JOURNAL), ring_bytes)
         if self.settles:
-            for offset, buffers in recovered.writes:
-                self.effect()
-                file.write(offset, b"".join(buffers))
-            file.sync()
+            self.settle_journal(recovered, file)
         recovered.journal.synced(recovered.journal.tail)
         journal = SimJournalFile(Path("journal"), file.fd, self.disk, recovered)  # type: ignore[arg-type]
         journal.file, journal.process = file, self
         if self.world.random.random() < 0.5:
             journal.inline_bytes = -1  # every commit goes through the thread
         return journal
+
+    def settle_journal(self, recovered: Recovered, file: SimFile) -> None:
+        """What was recovered is written again, what was cut is erased, all is synced; see `JournalFile.open`."""
+        for offset, buffers in recovered.writes:
+            self.effect()
+            file.write(offset, b"".join(buffers))
+        file.sync()
 
 
 class SimDialler:
@@ -332,6 +339,16 @@ class SimDialler:
         if link == self._link:
             self._link = 0
             self._process.later(self._process.world.random.uniform(0.005, 0.1), self.again)
+
+
+class WatchedPrimaryHost(PrimaryHost):
+    """Tells the oracle of every store."""
+
+    process: PrimaryProcess
+
+    def _store_batch(self, action: Any) -> None:
+        self.process.watcher.storing(self.process, action.batch, action.volume)
+        super()._store_batch(action)
 
 
 class PrimaryProcess(Process):
@@ -389,9 +406,10 @@ class PrimaryProcess(Process):
 
         role.queue.add = note  # type: ignore[method-assign]
         save = partial(state_file.save, self.disk)  # type: ignore[arg-type]
-        host = PrimaryHost(
+        host = WatchedPrimaryHost(
             role, images, save, bits.save, self.disk, self.links, self.machine.clock, self.workers, self.log
         )  # fmt: skip
+        host.process = self
         bits.on_failed = lambda error: host.fail(str(error))
         state_file.on_failed = lambda error: host.fail(str(error))
         self.volumes = {v: PrimaryVolume(host, v, str(v), images[v], BLOCK, 1 << 16) for v in self.volume_ids}
@@ -461,8 +479,7 @@ class IntermediateProcess(Process):
         reading.tell_intermediate(role)
         self.watcher.recovered(self, reading.heads, role)
         host = WatchedIntermediateHost(
-            role, journal, bits.save, self.links, self.machine.clock, self.workers, self.log,
-            spills=self.machine.spills,
+            role, journal, bits.save, self.links, self.machine.clock, self.workers, self.log
         )  # fmt: skip
         bits.on_failed = lambda error: host.fail(str(error))
         host.process = self

@@ -7,10 +7,10 @@ from collections import deque
 
 import pytest
 
+from tests.sim.bugs import by_name, options_for
 from tests.sim.campaign import campaign
 from tests.sim.case import Case, Failure
 from tests.sim.group import Group, Options
-from tests.sim.planted import by_name, options_for
 from tests.sim.shrink import Shrinker
 
 SEEDS = int(os.environ.get("BLOCKREPL_SIM_SEEDS", "320"))

@@ -6,9 +6,9 @@ from random import Random
 from typing import Any
 
 from tests.sim.group import Group, Options
-from tests.sim.oracle import Write
 from tests.sim.process import BLOCK, Process
 from tests.sim.words import sentences
+from tests.sim.write import Write
 
 
 class Steady(Random):
@@ -69,6 +69,7 @@ class Transcript:
         batch = write(BLOCK)
         ours = Write(volume, list(batch.ops), [0], [BLOCK], [bytes(BLOCK)], group.oracle.completed)
         group.oracle.submitting[id(batch)] = ours
+        group.oracle.pairs.submitted(ours)
 
         def done(batch: Any) -> None:
             self.lines.append(f"-- {process.name} tells its host: {'EIO' if batch.errors else 'well'}")

@@ -57,7 +57,8 @@ def trial(group: Group) -> None:
             return
         raise Violation(f"a trial takeover fails: {finished[0].problem}")
     number = finished[0].report.number
-    demand(number >= oracle.validate_sent or group.forced, f"trial at {number}, VALIDATE {oracle.validate_sent} sent")
+    low = min([oracle.validate_sent, *(c.host.role.state.number for c in copies if oracle.goes_back_to)])
+    demand(number >= low or group.forced, f"trial at {number}, VALIDATE {oracle.validate_sent} sent")
     for copy in copies:
         if copy.host.role.phase is not Phase.ACTIVE:
             raise Violation(f"{copy.name} is {copy.host.role.phase.value} after a trial takeover")

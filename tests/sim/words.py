@@ -7,7 +7,7 @@ from typing import Any
 
 from blockrepl.block import Op
 from blockrepl.formats.link import DEFAULTS, HEADER_BYTES, Epoch, LinkRole, Message, Refusal, decode_body, decode_header
-from blockrepl.formats.record import OP_DIGEST, RecordKind, decode_batch, decode_record, iterate_entries
+from blockrepl.formats.record import OP_DIGEST, RecordFlag, RecordKind, decode_batch, decode_record, iterate_entries
 
 # What says nothing about the conversation: sizes, what is the same in every message, what is drawn.
 DULL = {"version", "version_min", "version_max", "features", "group", "nonce", "credit", "name", "incarnation"}
@@ -38,8 +38,12 @@ def _words(head: Any, whole: memoryview) -> str:
 
 
 def _entries(record: Any, whole: memoryview) -> str:
-    entries = iterate_entries(record, whole[HEADER_BYTES:])
     kind = RecordKind(record.kind).name.lower()
+    if record.kind in (RecordKind.START, RecordKind.END):
+        return kind
+    if record.flags & RecordFlag.COPY:
+        kind = "copy"
+    entries = iterate_entries(record, whole[HEADER_BYTES:])
     return f"{kind} of " + ", ".join(
         f"{'digest' if op == OP_DIGEST else Op(op).name.lower()} {length} bytes at {offset} of volume {volume}"
         for volume, op, _, offset, length, _ in entries

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from random import Random
 from typing import TYPE_CHECKING
 
-from tests.sim.disk import SimFile, SimSpills
+from tests.sim.disk import SimFile
 
 if TYPE_CHECKING:
     from tests.sim.process import Process
@@ -129,7 +129,6 @@ class Machine:
         self.name = name
         self.powered = True
         self.files: dict[str, SimFile] = {}
-        self.spills = SimSpills()
         self.clock = Clock(world)
 
     def cut_power(self) -> None:

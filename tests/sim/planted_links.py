@@ -1,0 +1,252 @@
+"""Planted bugs of connections, epochs and recovery; see `planted.py`."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Any
+
+from blockrepl.formats.link import Epoch
+from blockrepl.formats.record import number_record
+from blockrepl.replication.actions import Append, Close, Send
+from blockrepl.replication.hop1 import Sender, Senders
+from blockrepl.replication.intermediate import Intermediate
+from blockrepl.replication.opening import Opening
+from blockrepl.replication.primary import Primary
+from blockrepl.replication.secondary import Secondary
+from blockrepl.replication.secondary_epochs import Epochs
+from blockrepl.replication.streams import Streams
+from tests.sim.group import Options
+from tests.sim.planted import POWER, PRODUCTION, SLOW_POWER, Planted, replaced
+from tests.sim.process import Process
+
+ATTEMPTS = Options(story="attempts", threads=12, fault_every_s=0.3)
+SPLIT = Options(story="attempts", threads=12, fault_every_s=0.2, faults=("cut", "isolate", "cut one way", "kill"))
+DUPLICATES = Options(story="production", threads=12, fault_every_s=0.3, faults=("slow disk",), duplicate=0.1)
+RESTARTS = Options(story="production", threads=12, fault_every_s=0.06, faults=("kill", "slow disk", "cut"))
+FULL = Options(story="production", threads=12, ring_bytes=128 << 10, fault_every_s=0.3, faults=("slow disk", "cut"))
+
+
+@contextlib.contextmanager
+def all_of(*changes: AbstractContextManager[Any]) -> Any:
+    """Several at once."""
+    with contextlib.ExitStack() as stack:
+        for change in changes:
+            stack.enter_context(change)
+        yield
+
+
+def duplicate_answered_from_memory() -> AbstractContextManager[Any]:
+    """Rule 1: "duplicate, fine", before the first copy is durable."""
+    original = Intermediate._number
+
+    def number(self: Intermediate, sender: Sender, link: int, head: Any, *rest: Any) -> Any:
+        if sender.live and head.incarnation == sender.incarnation and head.batch <= sender.batch:
+            sender.durable_batch, sender.durable_last = sender.batch, sender.last
+        return original(self, sender, link, head, *rest)
+
+    return replaced(Intermediate, "_number", number)
+
+
+def welcome_without_waiting() -> AbstractContextManager[Any]:
+    """Rule 7: WELCOME names what is durable, and does not wait for what was numbered."""
+    original = Intermediate._welcome
+
+    def welcome(self: Intermediate, sender: Sender) -> Any:
+        last, sender.last = sender.last, sender.durable_last
+        try:
+            return original(self, sender)
+        finally:
+            sender.last = last
+
+    return replaced(Intermediate, "_welcome", welcome)
+
+
+def older_connection_not_killed() -> AbstractContextManager[Any]:
+    """Rule 1: what a dead process sent is numbered though its successor has greeted."""
+    attach, original = Senders.attach, Intermediate.batch
+    older: dict[int, tuple[Sender, int]] = {}
+
+    def keep(self: Senders, sender: Sender, link: int, hello: Any, now_s: float) -> None:
+        older.update({number: (other, other.incarnation) for number, other in self.by_link.items() if other is sender})
+        attach(self, sender, link, hello, now_s)
+
+    def batch(self: Intermediate, link: int, head: Any, chunk: Any, start: int, end: int, *rest: Any) -> Any:
+        found = older.get(link)
+        if found is None or link in self.senders.by_link or self.opening.phase.value != "serving":
+            return original(self, link, head, chunk, start, end, *rest)
+        sender, stream = found[0], self.streams.by_node[head.stream]
+        head.epoch, head.first, head.previous, head.time_ns = self.state.epoch.number, self.numbered + 1, stream.last, 0
+        head.header_crc = number_record(chunk.view, start, head.epoch, head.first, head.previous, 0)
+        self.numbered += head.count
+        stream.last = sender.last = self.numbered
+        self._appended.append((self.numbered, sender, -1, head.batch, head.stream, end - start))
+        chunk.hold()
+        return [Append(head, chunk.view[start:end], chunk)]
+
+    close = Intermediate._greet_primary
+
+    def greet(self: Intermediate, link: int, fields: Any, now_s: float) -> Any:
+        sender = self.senders.by_node[fields["node"]]
+        if sender.link:
+            older[sender.link] = sender, sender.incarnation
+        return [each for each in close(self, link, fields, now_s)
+                if not (isinstance(each, Close) and each.reason == "the primary connected again")]  # fmt: skip
+
+    return all_of(
+        replaced(Senders, "attach", keep), replaced(Intermediate, "batch", batch),
+        replaced(Intermediate, "_greet_primary", greet),
+    )  # fmt: skip
+
+
+def incarnations_without_order() -> AbstractContextManager[Any]:
+    """Rule 1: a HELLO of a dead process, read late, takes the place of the living one."""
+    original = Intermediate._greet_primary
+
+    def greet(self: Intermediate, link: int, fields: Any, now_s: float) -> Any:
+        sender = self.senders.by_node[fields["node"]]
+        sender.incarnation = min(sender.incarnation, fields["incarnation"])
+        return original(self, link, fields, now_s)
+
+    return replaced(Intermediate, "_greet_primary", greet)
+
+
+def header_without_the_last_batches() -> AbstractContextManager[Any]:
+    """Rule 9: after a trim and a restart, the intermediate does not know what a primary sent last."""
+    original = Intermediate.durable_state
+
+    def state(self: Intermediate) -> Any:
+        found = original(self)
+        for row in found.primaries:
+            row.batch = 0
+        return found
+
+    return replaced(Intermediate, "durable_state", state)
+
+
+def cut_tail_is_not_erased() -> AbstractContextManager[Any]:
+    """Rule 9: what lies beyond a torn tail stays there, and comes back behind what is appended."""
+
+    def settle(self: Process, recovered: Any, file: Any) -> None:
+        file.sync()
+
+    return replaced(Process, "settle_journal", settle)
+
+
+def checkpoint_number_taken_after_the_sync() -> AbstractContextManager[Any]:
+    """Rule 4: what was stored while the P-VOLs were synced counts as synced."""
+    original = Primary.volumes_synced
+
+    def synced(self: Primary, token: int, now_s: float) -> Any:
+        purpose, _ = self._tokens[token]
+        self._tokens[token] = purpose, self.acked
+        return original(self, token, now_s)
+
+    return replaced(Primary, "volumes_synced", synced)
+
+
+def trim_ignores_validated() -> AbstractContextManager[Any]:
+    """Rule 12: records go when their primary has them, whether or not the secondaries do."""
+    return replaced(
+        Intermediate, "releasable",
+        property(lambda self: self.durable_number if self.senders.releasable is None else self.senders.releasable),
+    )  # fmt: skip
+
+
+def takeover_without_promise() -> AbstractContextManager[Any]:
+    """Rule 23: a secondary reports what it holds and goes on taking records of the old epoch."""
+
+    def promise(self: Epochs, link: int, fields: Any) -> Any:
+        state = self._owner.state
+        if fields["dry_run"] or state.active or fields["epoch"].number <= state.promised.number:
+            return [Send(link, [self._promised()])]
+        if self.phase.value != "promised":
+            self.machine.go("promise")
+        state.promised = fields["epoch"]
+        return [Send(link, [self._promised()])]  # neither closed, nor synced, nor saved
+
+    following = property(lambda self: self.phase.value in ("following", "promised"))
+    return all_of(replaced(Epochs, "promise", promise), replaced(Secondary, "following", following))
+
+
+def prepared_kept_across_an_epoch() -> AbstractContextManager[Any]:
+    """Rule 23: what a secondary had prepared before a takeover discarded it."""
+    original = Streams.restart
+
+    def restart(self: Streams, epoch: int) -> None:
+        kept = {stream.node: stream.prepared for stream in self.by_node.values()}
+        original(self, epoch)
+        for stream in self.by_node.values():
+            stream.prepared = kept[stream.node]
+
+    attach = Streams.attach
+
+    def keep(self: Streams, node: int, link: int, credit: int, held: int, prepared: int) -> None:
+        before = self.by_node[node].prepared
+        self.by_node[node].prepared = 0
+        confirmed, self.confirmed = self.confirmed, 0
+        attach(self, node, link, credit, held, prepared)
+        self.confirmed = confirmed
+        self.by_node[node].prepared = max(before, prepared)
+
+    return all_of(replaced(Streams, "restart", restart), replaced(Streams, "attach", keep))
+
+
+def epoch_check_skipped() -> AbstractContextManager[Any]:
+    """Rule 24: an intermediate goes on in its epoch, whatever the secondaries have promised or stored."""
+    return all_of(
+        replaced(Opening, "_learn", lambda self, stored, promised, **_: []),
+        replaced(Opening, "_fits", lambda self, node: True),
+    )
+
+
+def a_truncation_forgets_the_epoch() -> AbstractContextManager[Any]:
+    """Rule 23: a takeover discards records in one write and stores its epoch in another, later one."""
+    original = Epochs._adopt
+
+    def adopt(self: Epochs, link: int, fields: Any, last: int) -> None:
+        state = self._owner.state
+        epoch: Epoch = state.epoch
+        original(self, link, fields, last)
+        if fields["truncate"]:
+            state.epoch, state.rolling = epoch, False
+
+    return replaced(Epochs, "_adopt", adopt)
+
+
+def credit_beyond_the_ring() -> AbstractContextManager[Any]:
+    """Rule 6: the full ring is felt at the socket: nothing of a primary is read until there is room."""
+    from blockrepl.node.intermediate_host import IntermediateHost
+    from tests.sim.process import IntermediateProcess
+
+    def grant(self: Senders, sender: Sender, *, whole: bool = False) -> bool:
+        sender.credit = 1 << 60
+        return False
+
+    message = IntermediateProcess.message
+
+    def read(self: IntermediateProcess, link: int, kind: int, fields: Any, epoch: int) -> Any:
+        host: IntermediateHost = self.host
+        if host._unfit and link in host.role.senders.by_link:
+            self.later(0.02, lambda: read(self, link, kind, fields, epoch) if link in self.links else None)
+        else:
+            message(self, link, kind, fields, epoch)
+
+    return all_of(replaced(Senders, "grant", grant), replaced(IntermediateProcess, "message", read))
+
+
+PLANTED: list[tuple[Planted, Options]] = [
+    (duplicate_answered_from_memory, DUPLICATES),
+    (welcome_without_waiting, RESTARTS),
+    (older_connection_not_killed, RESTARTS),
+    (incarnations_without_order, RESTARTS),
+    (header_without_the_last_batches, POWER),
+    (cut_tail_is_not_erased, SLOW_POWER),
+    (checkpoint_number_taken_after_the_sync, SLOW_POWER),
+    (trim_ignores_validated, PRODUCTION),
+    (takeover_without_promise, SPLIT),
+    (prepared_kept_across_an_epoch, ATTEMPTS),
+    (epoch_check_skipped, SPLIT),
+    (a_truncation_forgets_the_epoch, ATTEMPTS),
+    (credit_beyond_the_ring, FULL),
+]

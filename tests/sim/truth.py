@@ -1,0 +1,54 @@
+"""What hosts may find in a P-VOL: per block, what was completed last, or anything submitted after that.
+
+Writes to one volume win in the order in which they were submitted (PROTOCOL, rule 3), whether the group numbered them
+or the primary took them alone.
+"""
+
+from __future__ import annotations
+
+from blockrepl.block import Op
+from tests.sim.write import Write
+
+BLOCK = 512
+
+
+class HostTruth:
+    """One volume."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self._blocks: list[list[tuple[int, bytes]]] = [[(0, bytes(BLOCK))] for _ in range(size_bytes // BLOCK)]
+        self._count = 0
+        self._serials: dict[int, int] = {}  # id(write) → its place in the order
+
+    def submitted(self, write: Write) -> None:
+        """From now on its blocks may be there."""
+        self._count += 1
+        self._serials[id(write)] = self._count
+        for block, content in _blocks(write):
+            self._blocks[block].append((self._count, content))
+
+    def completed(self, write: Write) -> None:
+        """From now on nothing older than it may be there."""
+        serial = self._serials.pop(id(write))
+        for block, _ in _blocks(write):
+            entries = self._blocks[block]
+            # A write that overlaps itself: its last content counts.
+            own = [each for each in entries if each[0] == serial][-1:]
+            entries[:] = own + [each for each in entries if each[0] > serial]
+
+    def wrong(self, found: bytes | bytearray) -> int:
+        """The first block that is none of these; -1 when there is none."""
+        for block, entries in enumerate(self._blocks):
+            content = found[block * BLOCK : (block + 1) * BLOCK]
+            if all(content != each for _, each in entries):
+                return block
+        return -1
+
+
+def _blocks(write: Write) -> list[tuple[int, bytes]]:
+    found = []
+    for op, offset, length, payload in zip(write.ops, write.offsets, write.lengths, write.payloads, strict=True):
+        for at in range(0, length, BLOCK):
+            content = payload[at : at + BLOCK] if op == Op.WRITE else bytes(BLOCK)
+            found.append(((offset + at) // BLOCK, content))
+    return found
