@@ -228,6 +228,14 @@ def peek(header: memoryview | bytes) -> tuple[int, int]:
     return kind, count * ENTRY_BYTES
 
 
+def peek_size(header: memoryview | bytes) -> int:
+    """Bytes of the record that begins here. Raises DamagedError when none does."""
+    fields = PRIMARY_PART.unpack_from(header)
+    if fields[0] != RECORD_MAGIC or fields[10] > MAX_BODY_BYTES:
+        raise DamagedError(f"not a record: magic {fields[0]:#x}")
+    return HEADER_BYTES + int(fields[10])
+
+
 def _decode(view: memoryview, error: type[ProtocolError] | type[DamagedError]) -> RecordHead:
     head = _primary_part(view, error)
     part = INTERMEDIATE_PART.unpack_from(view, PRIMARY_PART_BYTES)

@@ -68,6 +68,7 @@ _intermediate = Struct(
     "verify" / Flag,
     "initial" / Flag,
     "excluded" / PrefixedArray(Int16ub, Int16ub),
+    "spilled" / PrefixedArray(Int16ub, Struct("node" / Int16ub, "last" / Int64ub)),
 )
 _secondary = Struct(
     "version" / Const(STATE_VERSION, Int8ub),
@@ -150,6 +151,7 @@ class IntermediateState:
     verify: bool = False
     initial: bool = False
     excluded: list[int] = field(default_factory=list)  # primaries known to be dead
+    spilled: list[tuple[int, int]] = field(default_factory=list)  # (primary, its records up to it lie beside the ring)
 
 
 @dataclass(slots=True)
@@ -187,7 +189,7 @@ def _build(layout: Construct, state: Any) -> bytes:
         newest = state.history[-HISTORY_MAX:]
         values["history"] = [{"epoch": epoch._asdict(), "last": last} for epoch, last in newest]
     if "streams" in values:
-        for name in ("streams", "starts"):
+        for name in ("streams", "starts", "spilled"):
             values[name] = [{"node": node, "last": last} for node, last in getattr(state, name)]
     built: bytes = layout.build(values)
     return built
@@ -227,7 +229,7 @@ def decode_intermediate(blob: bytes) -> IntermediateState:
     values["primaries"] = [
         PrimaryRow(row.node, row.incarnation, row.batch, row.last, row.checkpoint) for row in values["primaries"]
     ]
-    for name in ("streams", "starts"):
+    for name in ("streams", "starts", "spilled"):
         values[name] = [(row.node, row.last) for row in values[name]]
     values["excluded"] = list(values["excluded"])
     return IntermediateState(**values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from blockrepl.chunks import Chunk
@@ -22,17 +23,19 @@ from blockrepl.formats.record import (
 from blockrepl.formats.state import encode_intermediate
 from blockrepl.node.host import Host
 from blockrepl.node.intermediate_volumes import IntermediateVolumes
-from blockrepl.node.ports import Clock, Links, Log, Workers
+from blockrepl.node.ports import Clock, Links, Log, Spills, Workers
 from blockrepl.node.trimmer import Trimmer
 from blockrepl.replication.actions import (
     Append,
     CopyOwn,
+    DropSpill,
     Forget,
     MarkJournal,
     Reformed,
     Replay,
     SaveBits,
     SaveState,
+    Spill,
     Transmit,
 )
 from blockrepl.replication.intermediate import Intermediate
@@ -82,13 +85,15 @@ class IntermediateHost(Host):
         workers: Workers,
         log: Log,
         volumes: IntermediateVolumes | None = None,
+        spills: Spills | None = None,
     ) -> None:
-        """``volumes``: in volumes mode."""
+        """``volumes``: in volumes mode. ``spills``: what is kept for primaries that are away, loaded."""
         super().__init__(links, clock, workers, log)
         self.role = role
         self.journal = journal
         self.on_reformed: Callable[[], None] = lambda: None  # the owner builds role and host anew
         self._save_bits = save_bits
+        self._spills = spills
         self.volumes = volumes
         if volumes is not None:
             volumes.on_failed = self.fail
@@ -102,6 +107,8 @@ class IntermediateHost(Host):
             MarkJournal: self._mark_journal,
             Forget: self._forget,
             CopyOwn: self._copy_own,
+            Spill: self._spill,
+            DropSpill: self._drop_spill,
             Reformed: lambda _action: self.on_reformed(),
         }
         self._undurable: deque[Kept] = deque()
@@ -282,19 +289,34 @@ class IntermediateHost(Host):
         def read_done(found: Any, error: Exception | None) -> None:
             # A frame that was released meanwhile may have been overwritten: what it held is validated, or marked.
             head = self.journal.journal.head
-            kept = [(frame, ranges) for frame, ranges in found or () if frame.position >= head]
+            in_ring, spilled = found or ((), set())
+            kept = [(frame, ranges) for frame, ranges in in_ring if frame.position >= head]
             error = error or next((ranges for _, ranges in kept if isinstance(ranges, Exception)), None)
             if error is not None:
                 self.perform(self.role.fail(f"cannot read the journal: {error}"))
                 self.settle()
                 return
             bitmaps = self.role.pairing.bitmaps
-            for volume, offset, length in {each for _, ranges in kept for each in ranges}:
+            for volume, offset, length in spilled.union(*(ranges for _, ranges in kept)):
                 if volume in bitmaps:
                     bitmaps[volume].mark(offset, length)
             self._guarded(lambda: self._save_bits(lambda: self._saved(action.token)))
 
-        self.workers.run(lambda: [(frame, self._read_ranges(frame)) for frame in frames], read_done)
+        def read() -> tuple[list[tuple[FrameRef, Any]], set[tuple[int, int, int]]]:
+            return [(frame, self._read_ranges(frame)) for frame in frames], self._spilled_ranges(action.checkpoints)
+
+        self.workers.run(read, read_done)
+
+    def _spilled_ranges(self, checkpoints: dict[int, int]) -> set[tuple[int, int, int]]:
+        """What the records beside the ring wrote, above their senders' checkpoints."""
+        found: set[tuple[int, int, int]] = set()
+        if self._spills is None:
+            return found
+        for sender, checkpoint in checkpoints.items():
+            wanted = self._spills.after(sender, checkpoint, 1 << 62)
+            for record in self._spills.read(sender, wanted) if wanted else ():
+                found.update(_ranges(record))
+        return found
 
     def _read_ranges(self, frame: FrameRef) -> list[tuple[int, int, int]] | BlockreplError:
         """What a record wrote, as (volume, offset, length); or why that cannot be read."""
@@ -302,10 +324,10 @@ class IntermediateHost(Host):
             kind, table_bytes = peek(self.journal.read(frame.body_offset, HEADER_BYTES))
             if kind != RecordKind.UPDATE:
                 return []
-            table = self.journal.read(frame.body_offset + HEADER_BYTES, table_bytes)
+            record = self.journal.read(frame.body_offset, HEADER_BYTES + table_bytes)
         except BlockreplError as error:
             return error
-        return [(v, offset, length) for v, _, _, _, offset, length in ENTRY.iter_unpack(table)]
+        return list(_ranges(record))
 
     def _copy_own(self, action: CopyOwn) -> None:
         if self.volumes is not None:
@@ -389,6 +411,32 @@ class IntermediateHost(Host):
         for record in records:
             self.links.send(link, [bulk_header(Message.RECORD, epoch, len(record)), record], None)
 
+    # primaries that are away
+
+    def _spill(self, action: Spill) -> None:
+        spills = self._spills
+        assert spills is not None
+        frames = [
+            frame for frame in self.journal.journal.frames_of_sender(action.sender, action.after, 1 << 62)
+            if frame.last <= action.through
+        ]  # fmt: skip
+
+        def keep() -> None:
+            spills.append(action.sender, list(zip([f.last for f in frames], self._read(frames), strict=True)))
+
+        def kept(_: Any, error: Exception | None) -> None:
+            if error is not None:
+                self.fail(f"cannot keep what primary {action.sender} lacks: {error}")
+            else:
+                self._saved(action.token)
+
+        self.workers.run(keep, kept)
+
+    def _drop_spill(self, action: DropSpill) -> None:
+        spills = self._spills
+        assert spills is not None
+        self.workers.run(lambda: spills.drop(action.sender), lambda _result, _error: None)
+
     # replay
 
     def _replay(self, action: Replay) -> None:
@@ -400,21 +448,39 @@ class IntermediateHost(Host):
         action = job.action
         if self._replays.get(action.link) is not job or self.links.queued_bytes(action.link) > REPLAY_QUEUE_BYTES:
             return
+        del self._replays[action.link]
+        if self._spills is not None and (beside := self._spills.after(action.sender, job.after, TRANSMIT_BYTES)):
+            self._replay_from(job, beside[-1].last, partial(self._spills.read, action.sender, beside))
+            return
         refs = self.journal.journal.frames_of_sender(action.sender, job.after, TRANSMIT_BYTES)
         frames = [frame for frame in refs if frame.last <= action.through]
-        del self._replays[action.link]
         if not frames:
             self.links.send(action.link, [action.end], None)
             return
+
+        self._replay_from(job, frames[-1].last, partial(self._read, frames))
+
+    def _replay_from(self, job: ReplayJob, last: int, read: Callable[[], list[bytes]]) -> None:
+        """Read a helping by a worker, send it, go on."""
+        action = job.action
 
         def read_done(records: Any, error: Exception | None) -> None:
             if error is not None:
                 self.perform(self.role.fail(f"cannot read the journal: {error}"))
             elif action.link in self.role.senders.by_link:
                 self._send_records(action.link, records)
-                job.after = frames[-1].last
+                job.after = last
                 self._replays[action.link] = job
                 self._replay_more(job)
             self.settle()
 
-        self.workers.run(lambda: self._read(frames), read_done)
+        self.workers.run(read, read_done)
+
+
+def _ranges(record: bytes) -> set[tuple[int, int, int]]:
+    """(volume, offset, length) of every entry of a record; only its header and table are looked at."""
+    kind, table_bytes = peek(record)
+    if kind != RecordKind.UPDATE:
+        return set()
+    table = record[HEADER_BYTES : HEADER_BYTES + table_bytes]
+    return {(volume, offset, length) for volume, _, _, _, offset, length in ENTRY.iter_unpack(table)}

@@ -26,6 +26,7 @@ from blockrepl.replication.actions import Action
 from blockrepl.replication.intermediate import Intermediate
 from blockrepl.replication.opening import Phase
 from blockrepl.storage.journal_file import JournalFile
+from blockrepl.storage.spill import SpillDirectory
 
 REFORM_GRACE_S = 2.0  # for the opener to hang up
 
@@ -52,6 +53,9 @@ class IntermediateNode(NodeBase):
             int(definition.group.journal),
         )  # fmt: skip
         state = decode_intermediate(journal.recovered.state)
+        self._spills = SpillDirectory(node.directory)
+        for sender, through in state.spilled:
+            self._spills.load(sender, through)
         state.incarnation += 1
         role = Intermediate(
             group=definition.group_id.bytes,
@@ -69,7 +73,7 @@ class IntermediateNode(NodeBase):
         reading.tell_intermediate(role)
         log_event(f"journal recovered: {len(reading.heads)} records, up to {role.numbered}", {})
         return IntermediateHost(
-            role, journal, self._bitmaps.save, self.links, self.clock, self.workers, log_event
+            role, journal, self._bitmaps.save, self.links, self.clock, self.workers, log_event, spills=self._spills
         )  # fmt: skip
 
     def _adopt(self, host: IntermediateHost) -> None:
@@ -102,7 +106,8 @@ class IntermediateNode(NodeBase):
         role.start()
         self._adopt(
             IntermediateHost(
-                role, old.journal, self._bitmaps.save, self.links, self.clock, self.workers, log_event
+                role, old.journal, self._bitmaps.save, self.links, self.clock, self.workers, log_event,
+                spills=self._spills,
             )
         )  # fmt: skip
         self._dial()

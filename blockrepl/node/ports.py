@@ -114,6 +114,22 @@ class UndoStore(Protocol):
         """What it takes on disk."""
 
 
+class Spills(Protocol):
+    """`storage.spill.SpillDirectory`, or the simulator's: records of primaries that are away. All methods block."""
+
+    def append(self, sender: int, records: Sequence[tuple[int, bytes]]) -> None:
+        """Add (last number, record) pairs, durably. Raises StorageError."""
+
+    def after(self, sender: int, number: int, limit_bytes: int) -> Sequence[Any]:
+        """What is above ``number``: at least one, until it reaches ``limit_bytes``; each has ``last``."""
+
+    def read(self, sender: int, wanted: Sequence[Any]) -> list[bytes]:
+        """The records. Raises StorageError."""
+
+    def drop(self, sender: int) -> None:
+        """Forget what is kept for a primary. Raises StorageError."""
+
+
 class Log(Protocol):
     """Where events go."""
 

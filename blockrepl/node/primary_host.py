@@ -21,6 +21,7 @@ from blockrepl.replication.actions import (
     Digested,
     FailBatch,
     ReadBlocks,
+    ReadMetadata,
     Reformed,
     SaveBits,
     SaveState,
@@ -73,6 +74,7 @@ class PrimaryHost(Host):
             SaveState: self._save,
             DigestBlocks: self._digest_blocks,
             ReadBlocks: self._read_blocks,
+            ReadMetadata: self._read_metadata,
             SaveBits: self._save_bitmaps,
             Reformed: lambda _action: self.on_reformed(),
             Digested: self._digested,
@@ -206,6 +208,14 @@ class PrimaryHost(Host):
                 self.settle()
 
         self.workers.run(lambda: image.read(action.offset_bytes, memoryview(data)), done)
+
+    def _read_metadata(self, action: ReadMetadata) -> None:
+        try:
+            data = self.images[action.volume].metadata()
+        except OSError as error:
+            self.fail(f"cannot read the metadata of volume {action.volume}: {error}")
+            return
+        self.perform(self.role.metadata_read(action.token, data, self.clock.now_s()))
 
     def _save_bitmaps(self, action: SaveBits) -> None:
         def saved() -> None:

@@ -88,6 +88,23 @@ class MarkJournal:
 
 
 @dataclass(slots=True)
+class Spill:
+    """Keep the records of a primary that is away beside the ring, durably; answered by `saved(token)`."""
+
+    sender: int
+    after: int
+    through: int
+    token: int
+
+
+@dataclass(slots=True)
+class DropSpill:
+    """A primary has everything that was kept beside the ring for it."""
+
+    sender: int
+
+
+@dataclass(slots=True)
 class CopyOwn:
     """Volumes mode: copy what the hop-2 bitmaps say from the intermediate's volumes; then `pairing.own_copied`."""
 
@@ -264,6 +281,14 @@ class ReadBlocks:
 
 
 @dataclass(slots=True)
+class ReadMetadata:
+    """Read what front ends keep with a volume, to be copied; answered by `metadata_read(token, data)`."""
+
+    volume: int
+    token: int
+
+
+@dataclass(slots=True)
 class Digested:
     """The secondary has compared a digest record; ``fields`` as in link message DIGESTED."""
 
@@ -281,6 +306,6 @@ class Event:
 Action = (
     Send | Close | Append | AppendNote | SyncJournal | SaveState | Transmit | Replay | Trim | Truncate | Apply
     | HaltApply | OpenUndo | RestoreUndo | DropUndo | Withdraw | Publish | BecomeSource | SaveBits | MarkJournal
-    | CopyOwn | Forget | Reformed | SyncVolumes | StoreBatch | StoreRecord | FailBatch | DigestBlocks | ReadBlocks
-    | Digested | Event
+    | CopyOwn | Spill | DropSpill | Forget | Reformed | SyncVolumes | StoreBatch | StoreRecord | FailBatch
+    | DigestBlocks | ReadBlocks | ReadMetadata | Digested | Event
 )  # fmt: skip

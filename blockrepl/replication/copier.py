@@ -49,6 +49,8 @@ class Copier:
         self._todo = self._whole() if verify else self._dirty(cursor)
         self._cursor = cursor
         self._exhausted = False
+        self._metadata = sorted(bitmaps)  # volumes whose metadata is to be copied
+        self._metadata_flying: set[int] = set()
         self._budget_bytes = 0.0
         self._budget_s = now_s
         self.total_bytes = (
@@ -82,6 +84,18 @@ class Copier:
         self._flying.append(found)
         self._budget_bytes -= found[2] - found[1]
         return found
+
+    def next_metadata(self) -> int | None:
+        """A volume whose metadata is to be copied now: no bit says whether it differs, and it is small."""
+        if not self._metadata:
+            return None
+        volume = self._metadata.pop(0)
+        self._metadata_flying.add(volume)
+        return volume
+
+    def metadata_done(self, volume: int) -> None:
+        """Its copy is durable in the journal, or there is none."""
+        self._metadata_flying.discard(volume)
 
     def next_digest(self, now_s: float) -> Range | None:
         """A range to be compared now; it is under way until `compared`. One that is not answered is asked again."""
@@ -142,6 +156,8 @@ class Copier:
             if each[:2] not in copies:
                 self._flying.remove(each)
                 self._found.appendleft(each)
+        self._metadata = sorted({*self._metadata, *self._metadata_flying})
+        self._metadata_flying.clear()
         for (volume, start), (end, _) in list(self._digests.items()):
             if (volume, start) not in digests:
                 del self._digests[volume, start]
@@ -155,4 +171,5 @@ class Copier:
     @property
     def done(self) -> bool:
         """Everything is copied, and acknowledged."""
-        return self._exhausted and not (self._flying or self._found or self._digests or self._again)
+        metadata = self._metadata or self._metadata_flying
+        return self._exhausted and not (self._flying or self._found or self._digests or self._again or metadata)

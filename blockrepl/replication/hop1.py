@@ -28,6 +28,7 @@ class Sender:
     last: int = 0  # last number given to it
     durable_last: int = 0
     checkpoint: int = 0
+    spilled: int = 0  # its records up to here lie beside the ring too, durably
     link: int = 0
     live: bool = False  # WELCOME was sent on this link
     credit: int = 0
@@ -114,5 +115,5 @@ class Senders:
     @property
     def releasable(self) -> int | None:
         """Every record up to it is durable in its own primary's P-VOL; None when all are (rule 12)."""
-        waiting = [s.checkpoint for s in self.by_node.values() if s.checkpoint < s.last]
+        waiting = [kept for s in self.by_node.values() if (kept := max(s.checkpoint, s.spilled)) < s.last]
         return min(waiting) if waiting else None

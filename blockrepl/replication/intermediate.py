@@ -33,7 +33,7 @@ from blockrepl.formats.record import (
     number_record,
 )
 from blockrepl.formats.state import IntermediateState
-from blockrepl.replication.actions import Action, Append, Close, Event, Replay, SaveState, Send
+from blockrepl.replication.actions import Action, Append, Close, DropSpill, Event, Replay, SaveState, Send, Spill
 from blockrepl.replication.greeting import Introduction, Problem, refused
 from blockrepl.replication.hop1 import Sender, Senders
 from blockrepl.replication.opening import Opening, Phase
@@ -83,6 +83,10 @@ class Intermediate:
         for stream_node, last in state.streams:
             stream = self.streams.by_node[stream_node]
             stream.last = stream.durable = last
+        for sender_node, last in state.spilled:
+            if sender_node in self.senders.by_node:
+                self.senders.by_node[sender_node].spilled = last
+        self._spilling = False
         self.opening = Opening(self, new_id, alone=alone)
         self.pairing = Pairing(self, bitmaps or {}, owners or {}, local_source=local_source)
         self._homes = homes or {}
@@ -155,6 +159,7 @@ class Intermediate:
         """
         self.numbered = self.durable_number = self.streams.validated = number
         self.senders.by_node = {}
+        self.state.spilled = []
         self.streams.by_node = {node: Stream(node, last=number, durable=number) for node in members}
 
     # hop 1: links
@@ -480,7 +485,7 @@ class Intermediate:
             if fields["number"] > sender.durable_last:
                 raise ProtocolError(f"checkpoint {fields['number']} is beyond {sender.durable_last}")
             sender.checkpoint = max(sender.checkpoint, fields["number"])
-            return []
+            return self._spill_is_done_with(sender)
         if kind == Message.COPIED:
             return self.pairing.copied(sender, fields["id"])
         if kind == Message.REPLAY:
@@ -593,6 +598,8 @@ class Intermediate:
             actions += self._number_waiting(now_s)
         if self.policy.fence_never:
             actions += self._watch_leases(now_s, boot_ns)
+        if self.senders.starving and not self._spilling:
+            actions += self._spill(now_s)
         silent = now_s - self.policy.link_timeout_s
         for link, heard_s in self._heard_s.items():
             if heard_s < silent:
@@ -607,6 +614,38 @@ class Intermediate:
             self._beat_s = now_s
             actions += self._beats(boot_ns)
         return actions
+
+    def _spill(self, now_s: float) -> list[Action]:
+        """The ring is full, and a primary that is away holds its head back: keep that primary's records beside it."""
+        by_checkpoint = self.senders.releasable
+        if by_checkpoint is None or by_checkpoint >= self.streams.validated:
+            return []
+        for sender in self.senders.by_node.values():
+            kept = max(sender.checkpoint, sender.spilled)
+            away = not sender.link and now_s - sender.heard_s > self.policy.link_timeout_s
+            if away and kept == by_checkpoint and sender.durable_last > kept:
+                through = sender.durable_last
+                self._spilling = True
+
+                def stored(now_s: float, sender: Sender = sender, through: int = through) -> list[Action]:
+                    self._spilling = False
+                    sender.spilled = through
+                    return [Event(f"records of primary {sender.node} up to {through} are kept beside the ring")]
+
+                def spilled(now_s: float, sender: Sender = sender, through: int = through) -> list[Action]:
+                    rest = [row for row in self.state.spilled if row[0] != sender.node]
+                    self.state.spilled = [*rest, (sender.node, through)]
+                    return [self.save(stored)]
+
+                return [Spill(sender.node, kept, through, self.expect(spilled))]
+        return []
+
+    def _spill_is_done_with(self, sender: Sender) -> list[Action]:
+        if not sender.spilled or sender.checkpoint < sender.spilled:
+            return []
+        sender.spilled = 0
+        self.state.spilled = [row for row in self.state.spilled if row[0] != sender.node]
+        return [self.save(lambda _: [DropSpill(sender.node)])]
 
     def _watch_leases(self, now_s: float, boot_ns: int) -> list[Action]:
         """A primary that is silent for too long may have gone on alone: suspend the group, at one number (rule 16)."""

@@ -19,6 +19,7 @@ class Purpose(Enum):
     VERIFY = "verify"  # an operator's
     DIGEST = "digest"  # of a resync that trusts no bitmap
     COPY = "copy"
+    METADATA = "metadata"  # what front ends keep with the volume; its writes touch offset 0
 
 
 Lock = tuple[Purpose, int, int, int]

@@ -183,6 +183,8 @@ class Opening:
         owner = self._owner
         if self.phase is not Phase.STARTING:
             return []
+        if any(report["active"] for report in self._reports.values()):
+            return []  # one that a reform has not reached yet: nothing can be opened with it
         everybody = len(self._reports) == len(owner.streams.by_node)
         ours = owner.state.epoch
         agreed = ours.number > 0 and self.higher.number <= ours.number and owner.state.promised.number <= ours.number

@@ -23,6 +23,7 @@ class PendingRecord:
     failed: bool = False  # the host was told that it failed; its fate is open
     kind: int = 1  # RecordKind
     copy: tuple[int, int] | None = None  # a COPY record: (volume, offset)
+    metadata: int | None = None  # a copy of metadata: volume
     digest: tuple[int, int] | None = None  # a digest record of a resync: (volume, offset)
 
 

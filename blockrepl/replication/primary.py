@@ -41,6 +41,7 @@ from blockrepl.replication.actions import (
     Event,
     FailBatch,
     ReadBlocks,
+    ReadMetadata,
     SaveState,
     Send,
     StoreBatch,
@@ -297,6 +298,8 @@ class Primary:
                 add(number, record.volume, written.offsets, written.lengths)
             elif record.copy is not None and self.resyncing.copier is not None:
                 self.resyncing.copier.acknowledged(*record.copy)
+            elif record.metadata is not None and self.resyncing.copier is not None:
+                self.resyncing.copier.metadata_done(record.metadata)
         self.acked = max(self.acked, number)
         self.unconfirmed.confirmed(min(self.validated, self.checkpoint))
         if len(self.locks):
@@ -597,12 +600,15 @@ class Primary:
 
     def read_ready(self) -> list[Action]:
         """Ranges that no write in flight touches are read now; later writes to them wait."""
-        return [
-            ReadBlocks(volume, start, end - start, token)
-            if purpose is Purpose.COPY
-            else DigestBlocks(volume, start, end - start, token)
-            for token, (purpose, volume, start, end) in self.locks.ready()
-        ]
+        actions: list[Action] = []
+        for token, (purpose, volume, start, end) in self.locks.ready():
+            if purpose is Purpose.COPY:
+                actions.append(ReadBlocks(volume, start, end - start, token))
+            elif purpose is Purpose.METADATA:
+                actions.append(ReadMetadata(volume, token))
+            else:
+                actions.append(DigestBlocks(volume, start, end - start, token))
+        return actions
 
     def _abort_locks(self, now_s: float) -> list[Action]:
         """Ranges that still wait for writes in flight are given up: nobody knows when those come through."""
@@ -643,15 +649,38 @@ class Primary:
         )  # fmt: skip
         return self._queue_read(volume, [head] if zero else [head, data], size, now_s, copy=(volume, start))
 
+    def metadata_read(self, token: int, data: bytes, now_s: float) -> list[Action]:
+        """What front ends keep with a volume, at one number: it travels as a METADATA write."""
+        _, volume, _, _ = self.locks.release(token)
+        if not data:
+            if self.resyncing.copier is not None:
+                self.resyncing.copier.metadata_done(volume)
+            self._release_deferred()
+            return self._send_more()
+        head, size = encode_record(
+            RecordKind.UPDATE, self.group, self.node, self.streams[volume], self.state.incarnation, self.next_batch,
+            volume, [Op.METADATA], [0], [0], [len(data)], [data], len(data), RecordFlag.COPY,
+        )  # fmt: skip
+        return self._queue_read(volume, [head, data], size, now_s, metadata=volume)
+
     def _queue_read(
         self, volume: int, buffers: list[Buffer], size: int, now_s: float, *, copy: tuple[int, int] | None = None,
-        digest: tuple[int, int] | None = None,
+        digest: tuple[int, int] | None = None, metadata: int | None = None,
     ) -> list[Action]:  # fmt: skip
         """A record of what was read; then the writes that waited for it. Suspended meanwhile: it is nobody's."""
         if self.machine.state not in SUSPENDED and not self.suspending:
             self.queue.add(
                 PendingRecord(
-                    self.next_batch, volume, None, buffers, size, frame_bytes(size), now_s, copy=copy, digest=digest
+                    self.next_batch,
+                    volume,
+                    None,
+                    buffers,
+                    size,
+                    frame_bytes(size),
+                    now_s,
+                    copy=copy,
+                    digest=digest,
+                    metadata=metadata,
                 )
             )
             self.next_batch += 1

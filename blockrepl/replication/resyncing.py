@@ -121,6 +121,8 @@ class Resyncing:
         copier, owner = self.copier, self._owner
         if copier is None or self._pending is not None or not owner.live:
             return []
+        while (volume := copier.next_metadata()) is not None:
+            owner.locks.lock(owner.next_token(), Purpose.METADATA, volume, 0, 1)
         while owner.queue.size_bytes < owner.policy.pending_bytes:
             found = copier.next_copy(now_s)
             if found is None:

@@ -196,3 +196,14 @@ def test_a_frame_is_as_large_for_credit_as_it_is_in_the_ring() -> None:
 
     for size in (1, 4031, 4032, 4033, 132000):
         assert frame_bytes(size) == ring_frame_bytes(size)
+
+
+def test_what_is_peeked_at_is_what_is_decoded() -> None:
+    from blockrepl.formats.record import ENTRY_BYTES, peek, peek_size
+
+    head, size = encode_record(
+        RecordKind.UPDATE, bytes(16), 1, 2, 3, 77, 5, [Op.WRITE, Op.ZERO, Op.WRITE], [0] * 3, [0, 512, 4096],
+        [512, 512, 512], [bytes(512), None, bytes(512)], 1024,
+    )  # fmt: skip
+    assert peek(bytes(head)) == (RecordKind.UPDATE, 3 * ENTRY_BYTES)
+    assert peek_size(bytes(head)) == size

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from blockrepl.bitmap import Bitmap
-from blockrepl.block import WriteBatch
+from blockrepl.block import Op, WriteBatch
 from blockrepl.formats.link import HEADER_BYTES, Epoch, Message, Pair
 from blockrepl.formats.record import RecordFlag, RecordKind, decode_batch, iterate_entries
 from blockrepl.formats.state import PrimaryState
@@ -17,6 +17,7 @@ from blockrepl.replication.actions import (
     DigestBlocks,
     FailBatch,
     ReadBlocks,
+    ReadMetadata,
     Reformed,
     SaveBits,
     SaveState,
@@ -52,6 +53,7 @@ class Host:
         self.held: list[Action] = []
         self.holds: set[type] = set()
         self.link = 0
+        self.metadata: dict[int, bytes] = {}
 
     def do(self, actions: list[Action]) -> None:
         queue = list(actions)
@@ -88,6 +90,8 @@ class Host:
         elif isinstance(action, ReadBlocks):
             self.log.append(f"read {action.volume} {action.offset_bytes} {action.length_bytes}")
             return role.blocks_read(action.token, b"\x07" * action.length_bytes, now_s)
+        elif isinstance(action, ReadMetadata):
+            return role.metadata_read(action.token, self.metadata.get(action.volume, b""), now_s)
         elif isinstance(action, DigestBlocks):
             count = -(-action.length_bytes // BLOCK)
             return role.digest_ready(action.token, BLOCK, [bytes(16)] * count, now_s)
@@ -513,6 +517,20 @@ def test_a_primary_that_becomes_a_target_marks_what_the_others_lack_and_fails_it
     assert host.failed == [open_]
     assert Bitmap(SIZE, BLOCK, host.durable_bits[1]).count == 2
     assert host.log[-1] == "reformed"
+
+
+def test_a_resync_brings_what_front_ends_keep_with_a_volume_too() -> None:
+    host = Host()
+    host.start()
+    host.metadata[2] = b"registrations"
+    host.resync()
+    raw = host.batches[-1]
+    head = decode_batch(memoryview(bytearray(raw)))
+    (entry,) = iterate_entries(head, memoryview(raw))
+    assert (entry[0], entry[1], bytes(entry[5] or b"")) == (2, Op.METADATA, b"registrations")
+    assert not host.said(Message.COPIED)
+    host.ack(head.batch, 60)
+    assert host.said(Message.COPIED)
 
 
 def test_bits_of_others_volumes_are_refused() -> None:

@@ -33,6 +33,9 @@ def test_what_bits_say_is_compared_first_and_only_what_differs_is_copied() -> No
     assert not both.done
     assert both.next_copy(0.0) == (1, 3 * BLOCK, 4 * BLOCK)
     both.acknowledged(1, 3 * BLOCK)
+    assert both.next_metadata() == 1
+    assert not both.done
+    both.metadata_done(1)
     assert (both.done, both.copied_bytes, both.compared_bytes) == (True, BLOCK, 3 * BLOCK)
 
 

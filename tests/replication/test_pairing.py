@@ -11,7 +11,17 @@ from blockrepl.errors import UsageError
 from blockrepl.formats.link import LinkRole, Message, Pair
 from blockrepl.formats.record import RecordFlag, RecordKind, control_number, decode_batch
 from blockrepl.formats.state import IntermediateState
-from blockrepl.replication.actions import Action, Append, Close, Event, MarkJournal, SaveBits, SaveState
+from blockrepl.replication.actions import (
+    Action,
+    Append,
+    Close,
+    DropSpill,
+    Event,
+    MarkJournal,
+    SaveBits,
+    SaveState,
+    Spill,
+)
 from blockrepl.replication.intermediate import Intermediate
 from blockrepl.replication.pairing import TABLE, Step
 from blockrepl.replication.policy import Policy
@@ -411,3 +421,35 @@ def test_a_split_in_mid_resync_stays_between_start_and_end() -> None:
     assert group.bitmaps[1].count == 1
     finish(group)
     assert group.pair.name == "PAIR"
+
+
+def test_12_a_primary_that_is_away_does_not_hold_the_ring_for_the_others() -> None:
+    """Its records are kept beside the ring, durably; only then may they leave it."""
+    group = Group()
+    group.join()
+    group.write(P1, 1)
+    group.write(P2, 1)
+    group.prepare(2)
+    group.do(group.role.received(LINKS[P2], Message.CHECKPOINT, {"number": 2}, 0.0))
+    group.do(group.role.lost(LINKS[P1], 0.0))
+    beat = {"stamp_ns": 1, "echo_ns": 0, "numbered": 0, "validated": 0, "applied": 0, "credit": 1 << 40, "pair": 2}
+    group.do(group.role.received(LINKS[P2], Message.HEARTBEAT, beat, 0.0))
+    assert group.role.releasable == 0
+    group.role.senders.by_node[P1].heard_s = 0.0
+    group.now_s = 100.0
+    group.role.senders.by_node[P2].heard_s = group.now_s
+    actions = group.role._spill(group.now_s)
+    (spill,) = actions
+    assert isinstance(spill, Spill)
+    assert (spill.sender, spill.after, spill.through) == (P1, 0, 1)
+    assert group.role.releasable == 0, "asked for, not durable"
+    saves = group.role.saved(spill.token, group.now_s)
+    assert group.role.releasable == 0, "durable, but a restart would not know"
+    group.do(saves)
+    assert group.role.releasable == 2
+    assert group.role.durable_state().spilled == [(P1, 1)]
+    group.do(group.role.accepted(31, hello(LinkRole.PRIMARY, P1, MID, checkpoint=0), group.now_s))
+    dropped = group.role.received(31, Message.CHECKPOINT, {"number": 1}, group.now_s)
+    (save,) = dropped
+    assert isinstance(save, SaveState)
+    assert [type(action) for action in group.role.saved(save.token, group.now_s)] == [DropSpill]

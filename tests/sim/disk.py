@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from blockrepl.block import Buffer, Op, WriteBatch
 from blockrepl.errors import DamagedError
@@ -353,3 +353,34 @@ class SimUndoFile(UndoFile):
 
 
 SLOT_FILE_BYTES = SLOTS_BYTES
+
+
+class SimSpills:
+    """`ports.Spills` of a machine: what is kept beside the ring for primaries that are away; durable once appended."""
+
+    def __init__(self) -> None:
+        self._records: dict[int, list[tuple[int, bytes]]] = {}
+
+    def append(self, sender: int, records: Sequence[tuple[int, bytes]]) -> None:
+        """See `ports.Spills`."""
+        known = self._records.setdefault(sender, [])
+        known += [each for each in records if not known or each[0] > known[-1][0]]
+
+    def after(self, sender: int, number: int, limit_bytes: int) -> list[SpilledRecord]:
+        """See `ports.Spills`."""
+        return [SpilledRecord(*each) for each in self._records.get(sender, []) if each[0] > number]
+
+    def read(self, sender: int, wanted: Sequence[Any]) -> list[bytes]:
+        """See `ports.Spills`."""
+        return [each.record for each in wanted]
+
+    def drop(self, sender: int) -> None:
+        """See `ports.Spills`."""
+        self._records.pop(sender, None)
+
+
+class SpilledRecord(NamedTuple):
+    """One of them."""
+
+    last: int
+    record: bytes

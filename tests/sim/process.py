@@ -479,7 +479,8 @@ class IntermediateProcess(Process):
         reading.tell_intermediate(role)
         self.watcher.recovered(self, reading.heads, role)
         host = WatchedIntermediateHost(
-            role, journal, bits.save, self.links, self.machine.clock, self.workers, self.log
+            role, journal, bits.save, self.links, self.machine.clock, self.workers, self.log,
+            spills=self.machine.spills,
         )  # fmt: skip
         bits.on_failed = lambda error: host.fail(str(error))
         host.process = self

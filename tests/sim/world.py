@@ -8,7 +8,7 @@ from collections.abc import Callable
 from random import Random
 from typing import TYPE_CHECKING
 
-from tests.sim.disk import SimFile
+from tests.sim.disk import SimFile, SimSpills
 
 if TYPE_CHECKING:
     from tests.sim.process import Process
@@ -129,6 +129,7 @@ class Machine:
         self.name = name
         self.powered = True
         self.files: dict[str, SimFile] = {}
+        self.spills = SimSpills()
         self.clock = Clock(world)
 
     def cut_power(self) -> None:
