@@ -24,7 +24,14 @@ FENCED_WAIT_S = 1.0
 START_ORDER = {"secondary": 0, "intermediate": 1, "primary": 2}  # so that each finds those it dials; `down` reverses it
 
 
-def create(target: Target = None, file: File = None, node: NodeOption = None) -> None:
+def create(
+    target: Target = None,
+    file: File = None,
+    node: NodeOption = None,
+    adopt: Annotated[
+        bool, typer.Option("--adopt", help="Take P-VOL images that hold data as they are; `pair create` copies them.")
+    ] = False,
+) -> None:
     """Make journals, images and identities of nodes, once.
 
     Nothing else ever makes them.
@@ -35,13 +42,15 @@ def create(target: Target = None, file: File = None, node: NodeOption = None) ->
     made: list[str] = []
     for each in _chosen(definition, node):
         try:
-            create_node(definition, each)
+            adopted = create_node(definition, each, adopt=adopt)
         except BlockreplError:
             if made:
                 error_console().print(f"blockrepl: made before the error, and kept: {', '.join(made)}", style="yellow")
             raise
         made.append(each.name)
         console().print(f"{each.name}: created in {_shown(each.directory)}")
+        if adopted:
+            console().print(f"{each.name}: adopted {', '.join(adopted)}; when all runs: blockrepl pair create")
 
 
 def serve(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+from blockrepl.bitmap import Bitmap
 from blockrepl.definition import Definition, Node, Volume
 from blockrepl.errors import StorageError, UsageError
 from blockrepl.formats.image import Side
+from blockrepl.formats.link import Pair
 from blockrepl.formats.slots import SlotKind
 from blockrepl.formats.state import (
     IntermediateState,
@@ -19,7 +21,7 @@ from blockrepl.formats.state import (
 )
 from blockrepl.node.bitmaps import bitmap_identity, bitmap_path, bitmapped
 from blockrepl.storage.bitmap_file import BitmapFile
-from blockrepl.storage.image import ImageFile, ImageIdentity, identity_path
+from blockrepl.storage.image import ImageFile, ImageIdentity, holds_data, identity_path
 from blockrepl.storage.journal_file import JournalFile
 from blockrepl.storage.slot_file import SlotFile
 from blockrepl.storage.slots import Identity
@@ -68,10 +70,11 @@ def state_files(definition: Definition, node: Node) -> list[Path]:
     return []
 
 
-def create(definition: Definition, node: Node) -> None:
-    """Make everything of one node, or nothing.
+def create(definition: Definition, node: Node, *, adopt: bool = False) -> list[str]:
+    """Make everything of one node, or nothing. Returns the volumes whose images were adopted.
 
-    Raises UsageError (it exists, or an image holds data: there is no initial copy yet), NoSpaceError, StorageError.
+    ``adopt``: P-VOL images that hold data are taken as they are; their group is suspended (PSUE) until `pair create`
+    has copied them. Raises UsageError (it exists, or an image holds data), IdentityError, NoSpaceError, StorageError.
     """
     try:
         node.directory.mkdir(parents=True, exist_ok=True)
@@ -81,35 +84,64 @@ def create(definition: Definition, node: Node) -> None:
     for path in wanted:
         if path.exists():
             raise UsageError(f"{path} exists already", hint="`blockrepl create` never overwrites; move it away first")
+    adopted = _adopted(definition, node) if adopt else []
     made: list[Path] = []
     try:
         for volume in bitmapped(definition, node):
             path = bitmap_path(node, volume)
-            BitmapFile.create(path, bitmap_identity(definition, node, volume))
+            BitmapFile.create(path, bitmap_identity(definition, node, volume), _bits(definition, volume, adopted))
             made.append(path)
         for volume, side in images_of(definition, node):
             path = image_path(node, volume)
             existed = path.exists()
-            if ImageFile.create(path, image_identity(definition, volume, node, side)):
+            who = image_identity(definition, volume, node, side)
+            if ImageFile.create(path, who, adopt=volume.name in adopted):
                 made += [identity_path(path)] if existed else [path, identity_path(path)]
         for path in wanted:
-            _create_state(definition, node, path)
+            _create_state(definition, node, path, suspended=bool(_replicated(definition, adopted)))
             made.append(path)
     except BaseException:
         for path in made:
             with contextlib.suppress(OSError):
                 path.unlink()
         raise
+    return adopted
 
 
-def _create_state(definition: Definition, node: Node, path: Path) -> None:
+def _adopted(definition: Definition, node: Node) -> list[str]:
+    """The P-VOLs of which a file with data, and without an identity, is there."""
+    return [
+        volume.name
+        for volume, side in images_of(definition, node)
+        if side is Side.PRIMARY
+        and (path := image_path(node, volume)).is_file()
+        and not identity_path(path).exists()
+        and holds_data(path)
+    ]
+
+
+def _replicated(definition: Definition, names: list[str]) -> list[str]:
+    return [name for name in names if definition.volume(name).replicated]
+
+
+def _bits(definition: Definition, volume: Volume, adopted: list[str]) -> Bitmap | None:
+    """Nobody else has anything of an adopted image."""
+    if volume.name not in adopted:
+        return None
+    bitmap = Bitmap(volume.size_bytes, int(definition.group.bitmap_block))
+    bitmap.fill()
+    return bitmap
+
+
+def _create_state(definition: Definition, node: Node, path: Path, *, suspended: bool) -> None:
     group = definition.group
     if path.name == STATE_NAME:
-        SlotFile.create(path, state_identity(definition, node), encode_primary(PrimaryState()))
+        state = PrimaryState(suspended=int(Pair.PSUE), alone=group.fence == "never") if suspended else PrimaryState()
+        SlotFile.create(path, state_identity(definition, node), encode_primary(state))
     elif node.role == "intermediate":
-        state = encode_intermediate(IntermediateState())
-        JournalFile.create(path, journal_identity(definition, node), int(group.journal), state)
+        blob = encode_intermediate(IntermediateState())
+        JournalFile.create(path, journal_identity(definition, node), int(group.journal), blob)
     else:
         source = node.role == "primary"
-        state = encode_secondary(SecondaryState(active=source, writable=source))
-        JournalFile.create(path, journal_identity(definition, node), int(group.secondary_journal), state)
+        blob = encode_secondary(SecondaryState(active=source, writable=source))
+        JournalFile.create(path, journal_identity(definition, node), int(group.secondary_journal), blob)

@@ -130,8 +130,10 @@ class ImageFile:
     # life
 
     @staticmethod
-    def create(path: Path, identity: ImageIdentity) -> bool:
+    def create(path: Path, identity: ImageIdentity, *, adopt: bool = False) -> bool:
         """Make an empty image and its identity, durably. False: it was there already, the same.
+
+        With ``adopt`` a file that holds data is taken as it is; its size must be the volume's.
 
         Raises UsageError (data without identity), IdentityError, NoSpaceError, StorageError (the directory is missing
         or read-only). What it raises leaves nothing of its own behind.
@@ -142,7 +144,7 @@ class ImageFile:
                 return False
             made = not path.exists()
             if not made:
-                _refuse_data(path, identity)
+                _refuse_data(path, identity, adopt=adopt)
             try:
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
                 try:
@@ -367,28 +369,38 @@ def _lock(fd: int, path: Path, how: int) -> None:
         raise InUseError(f"{path}: another process has this image open") from None
 
 
-def _refuse_data(path: Path, identity: ImageIdentity) -> None:
-    """An image without identity may be adopted only if it is empty. Raises UsageError, IdentityError."""
+def _refuse_data(path: Path, identity: ImageIdentity, *, adopt: bool = False) -> None:
+    """An image without identity is taken only if it is empty, or adopted. Raises UsageError, IdentityError."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise UsageError(f"{path}: an image is a regular file, and this is not one")
     if status.st_size == 0:
         return
+    if not adopt and holds_data(path):
+        raise UsageError(
+            f"{path}: holds data already",
+            hint="to make it the P-VOL as it is: `blockrepl create --adopt`, then `blockrepl pair create`; "
+            "else move it away first",
+        )
+    if status.st_size != identity.size_bytes:
+        raise IdentityError(
+            f"{path}: the image has {status.st_size} bytes, not {identity.size_bytes}",
+            hint=f'write size = "{status.st_size}" in the definition, or make the file as large as that says',
+        )
+
+
+def holds_data(path: Path) -> bool:
+    """Whether anything was ever written to a file. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.lseek(fd, 0, os.SEEK_DATA)
     except OSError as error:
         if error.errno != errno.ENXIO:
             raise
-    else:
-        raise UsageError(
-            f"{path}: holds data already; an existing disk as P-VOL needs an initial copy, which is not there yet",
-            hint="move the file away, create the group, and copy the data onto the volume",
-        )
+        return False
     finally:
         os.close(fd)
-    if status.st_size != identity.size_bytes:
-        raise IdentityError(f"{path}: the image has {status.st_size} bytes, not {identity.size_bytes}")
+    return True
 
 
 def _write_durably(path: Path, data: bytes | memoryview) -> None:

@@ -145,7 +145,7 @@ def test_an_image_without_identity_is_missing_it(path: Path) -> None:
 def test_a_disk_with_data_is_refused_because_there_is_no_initial_copy(path: Path, act: object) -> None:
     data = b"someone's data".ljust(IDENTITY.size_bytes, b"\1")
     path.write_bytes(data)
-    with pytest.raises(UsageError, match="initial copy"):
+    with pytest.raises(UsageError, match="holds data already"):
         act(path, IDENTITY)  # type: ignore[operator]
     assert path.read_bytes() == data
     assert not identity_path(path).exists()
