@@ -206,7 +206,7 @@ class Intermediate:
         known: Epoch = max(fields["epoch"], fields["promised"])
         if fields["highest"] > self.numbered:
             text = f"saw number {fields['highest']} acknowledged, the journal ends at {self.numbered}"
-            return [*self.fail(text), self._refuse(link, Refusal.BEHIND, text)]
+            return [*self.opening.behind(text), self._refuse(link, Refusal.BEHIND, text)]
         actions: list[Action] = []
         if sender.link:  # the older connection, and what of it was not read yet
             actions.append(Close(sender.link, "the primary connected again"))

@@ -96,8 +96,7 @@ class Opening:
         if self.phase in (Phase.FENCED, Phase.FAILED):
             return []
         if report["through"] > owner.streams.by_node[node].durable:
-            text = f"secondary {node} holds number {report['through']}, which this journal does not have"
-            return owner.fail(text)
+            return self.behind(f"secondary {node} holds number {report['through']}, which this journal does not have")
         owner.streams.validated = max(owner.streams.validated, report["validated"])
         self._reports[node] = {**report, "link": link}
         actions = self._learn(report["epoch"], report["promised"], active=report["active"], now_s=now_s)
@@ -157,6 +156,17 @@ class Opening:
             *owner.dismiss_opener(Refusal.STATE, self.reason),  # it waits for a drain that no secondary takes any more
         ]
 
+    def behind(self, text: str) -> list[Action]:
+        """Others know more than our journal (rule 10): stop for good; a new, empty one waits for its `replace`."""
+        owner = self._owner
+        if owner.state.epoch.number or owner.numbered:
+            return owner.fail(text)
+        if self.phase is Phase.FENCED:
+            return []
+        self._go("fence")
+        self.reason = f"this intermediate is new: {text}: blockrepl replace --node {owner.name}"
+        return [Event(self.reason), *owner.dismiss_primaries(Refusal.STATE, self.reason)]
+
     def fail(self, reason: str) -> None:
         """Stop for good."""
         self._go("fail")
@@ -191,6 +201,10 @@ class Opening:
         if agreed and (everybody or self._alone) and all(self._fits(node) for node in self._reports):
             self._go("all agree")
             return self._serve(now_s)
+        new = [node for node, report in self._reports.items() if not report["epoch"].number and owner.numbered]
+        if new:  # an epoch with it would promise what it does not have
+            self.reason = f"secondary {new[0]} is new and empty: blockrepl replace"
+            return []
         if everybody and now_s >= self._open_at_s:
             return self._open()
         return []

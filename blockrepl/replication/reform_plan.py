@@ -152,7 +152,7 @@ def _decide_verify(question: Question, data: Promises, intermediate: dict[str, A
 
 def _decide_initial(question: Question, data: Promises, made: Plan) -> None:
     """Whether the targets, together, are at something that can be gone back to."""
-    new = [node for node in question.targets if is_new(data[node])]
+    new = [node for node in question.targets if is_new(data[node]) or node == question.replaced]
     made.full = sorted(volume for volume, (_, target) in question.pairs.items() if target in new)
     if new:
         made.initial = True

@@ -1,0 +1,270 @@
+"""The life of a pair on real processes, by the command line as a user types it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blockrepl.cli.client import call
+from blockrepl.node.create import create
+from tests.system.conftest import MakeGroup
+from tests.system.group import PRIMARIES, SECONDARIES, VOLUMES, A, B, RealGroup, answers, wait_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+BLOCK = 64 << 10
+MIB = 1 << 20
+SMALL = dict.fromkeys(VOLUMES, "16MiB")
+
+
+def do(group: RealGroup, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = group.cli(*arguments)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def paired(group: RealGroup) -> None:
+    """PAIR, and nobody copies any more."""
+    do(group, "pair", "wait", "-s", "PAIR", "-t", "120")
+    data = [*PRIMARIES, *SECONDARIES]
+    wait_for(lambda: not any(group.status(name).get("copying") for name in data), "the end of the copy")
+
+
+def quiet(group: RealGroup) -> None:
+    """Everything numbered is applied at every target."""
+
+    def applied() -> bool:
+        numbered = group.marks("i1")["numbered"]
+        targets = [name for name in (*PRIMARIES, *SECONDARIES) if "copying" in group.status(name)]
+        return bool(targets) and all(group.marks(name)["applied"] == numbered for name in targets)
+
+    wait_for(applied, "everything numbered is applied")
+
+
+def sent_bytes(group: RealGroup) -> int:
+    """What the sources have read for copies since they started."""
+    return sum(group.status(name).get("copied_bytes") or 0 for name in (*PRIMARIES, *SECONDARIES))
+
+
+def differing_bytes(group: RealGroup) -> int:
+    """Blocks in which the images differ now."""
+    total = 0
+    for name in VOLUMES:
+        one, other = (path.read_bytes() for path in group.images(name))
+        total += sum(BLOCK for at in range(0, len(one), BLOCK) if one[at : at + BLOCK] != other[at : at + BLOCK])
+    return total
+
+
+def test_a_split_group_is_brought_together_again_under_fio(make_group: MakeGroup, fio: None) -> None:
+    group = make_group(sizes=SMALL).create().start()
+    load = group.fio("--rw=randwrite", "--bs=4k", "--iodepth=8", "--time_based", "--runtime=600", "--size=8m")
+    wait_for(lambda: group.marks("i1")["numbered"] > 500, "some writes")
+    for _ in range(2):
+        do(group, "pair", "split")
+        do(group, "pair", "wait", "-s", "PSUS", "-t", "60")
+        at = group.marks("s1")["applied"]
+        numbered = group.marks("i1")["numbered"]
+        wait_for(partial(_numbered_above, group, numbered + 200), "writes after the split")
+        assert group.marks("s1")["applied"] == at
+        do(group, "pair", "resync")
+        paired(group)
+    assert load.poll() is None
+    load.terminate()
+    load.wait(60)
+    group.settle()
+    assert group.differing() == []
+
+
+def test_an_adopted_disk_is_copied_while_hosts_write(make_group: MakeGroup) -> None:
+    group = make_group(sizes=SMALL)
+    image = group.images(A)[0]
+    image.parent.mkdir()
+    disk = os.urandom(3 * MIB) + bytes(10 * MIB) + os.urandom(3 * MIB)
+    image.write_bytes(disk)
+    refused = do(group, "create", "--node", "p1", code=2)
+    assert "create --adopt" in refused.stderr
+    assert f"p1: adopted {A}" in do(group, "create", "--adopt").stdout
+    group.start()
+    do(group, "pair", "wait", "-s", "PSUE", "-t", "60")
+    volume = group.open(A)
+    assert volume.read(0, MIB) == disk[:MIB]
+    do(group, "pair", "create", "--rate", "20MiB")
+    volume.write(5 * MIB, b"w" * BLOCK, durable=True)
+    paired(group)
+    volume.write(0, b"x" * BLOCK, durable=True)
+    quiet(group)
+    assert group.differing() == []
+    copy = group.images(A)[1].read_bytes()
+    assert copy[BLOCK : 3 * MIB] == disk[BLOCK : 3 * MIB]
+    assert copy[-3 * MIB :] == disk[-3 * MIB :]
+    assert copy[5 * MIB : 5 * MIB + BLOCK] == b"w" * BLOCK
+
+
+def test_a_planned_swap_loses_nothing_copies_nothing_and_hosts_go_on_at_the_other_site(make_group: MakeGroup) -> None:
+    group = make_group(sizes=SMALL).create().start()
+    volume = group.open(A)
+    for at in range(32):
+        volume.write(at * BLOCK, bytes([at + 1]) * BLOCK)
+    done = do(group, "pair", "resync", "--swap")
+    assert "s1, s2 copy to p1, p2" in done.stdout
+    with pytest.raises(OSError, match=r".*"):
+        volume.write(0, b"late".ljust(4096))
+    paired(group)
+    assert sent_bytes(group) == 0
+    other = group.open(A, secondary=True)
+    assert all(other.read(at * BLOCK, BLOCK) == bytes([at + 1]) * BLOCK for at in range(32))
+    other.write(0, b"at the other site".ljust(4096), durable=True)
+    quiet(group)
+    assert group.differing() == []
+    with pytest.raises(OSError, match=r".*"):
+        group.open(A)
+    back = do(group, "pair", "resync", "--swap")
+    assert "p1, p2 copy to s1, s2" in back.stdout
+    paired(group)
+    assert group.open(A).read(0, 4096) == b"at the other site".ljust(4096)
+    assert group.differing() == []
+
+
+def test_failover_and_failback_again_and_again_send_only_what_differs(make_group: MakeGroup) -> None:
+    group = make_group(sizes=SMALL).create().start()
+    hosts, away = PRIMARIES, SECONDARIES
+    expected: dict[str, bytearray] = {name: bytearray(16 * MIB) for name in (A, B)}
+
+    def write(count: int, *, secondary: bool) -> None:
+        for name in (A, B):
+            volume = group.open(name, secondary=secondary)
+            for _ in range(count):
+                at = int.from_bytes(os.urandom(4)) % (16 * MIB - 4096) // 4096 * 4096
+                payload = os.urandom(4096)
+                volume.write(at, payload)
+                expected[name][at : at + 4096] = payload
+            volume.flush()
+            volume.close()
+
+    for round_number in range(3):
+        at_secondary = hosts == SECONDARIES
+        write(40, secondary=at_secondary)
+        group.kill(*hosts)
+        call(group.node(away[0]).directory, "takeover", {}, timeout_s=120)
+        write(30, secondary=not at_secondary)
+        group.start(*hosts, wait=False)
+        wait_for(partial(_all_answer, group, hosts), "the old site answers")
+        differ = differing_bytes(group)
+        assert differ > 0
+        before = sent_bytes(group)
+        do(group, "pair", "resync", "--swap")
+        write(0, secondary=not at_secondary)
+        paired(group)
+        sent = sent_bytes(group) - before
+        assert sent <= 1.05 * differ, (round_number, sent, differ)
+        quiet(group)
+        assert group.differing() == []
+        for name in (A, B):
+            assert group.images(name)[0].read_bytes() == bytes(expected[name])
+        hosts, away = away, hosts
+
+
+def _numbered_above(group: RealGroup, number: int) -> bool:
+    return bool(group.marks("i1")["numbered"] > number)
+
+
+def _all_answer(group: RealGroup, names: tuple[str, ...]) -> bool:
+    return all(_answers(group, name) for name in names)
+
+
+def _answers(group: RealGroup, name: str) -> Any:
+    return answers(lambda: group.status(name))
+
+
+def test_with_fence_never_hosts_go_on_alone_and_come_back(make_group: MakeGroup) -> None:
+    group = make_group(sizes=SMALL, keys='fence = "never"', policy="lease_s = 0.5").create().start()
+    volume, log = group.open(A), group.open(B)
+    volume.write(0, b"a" * BLOCK, durable=True)
+    group.kill("i1")
+    volume.write(BLOCK, b"b" * BLOCK, durable=True)
+    log.write(7 * BLOCK, b"c" * 4096, durable=True)
+    assert group.status("p1")["suspended"] == "PSUE"
+    assert group.status("p1")["out_of_sync_bytes"][A] >= BLOCK
+    do(group, "pair", "wait", "-s", "PSUE", "-t", "30")
+    group.kill("p1")
+    group.start("p1")
+    volume = group.open(A)
+    assert volume.read(BLOCK, 4096) == b"b" * 4096
+    group.start("i1", wait=False)
+    wait_for(lambda: _answers(group, "i1"), "the intermediate answers")
+
+    def resynced() -> bool:
+        return group.cli("pair", "resync").returncode == 0 or group.status("i1")["pair"] in ("COPY", "PAIR")
+
+    wait_for(resynced, "all are connected")
+    volume.write(3 * BLOCK, b"d" * 4096, durable=True)
+    paired(group)
+    volume.write(4 * BLOCK, b"e" * 4096, durable=True)
+    quiet(group)
+    assert group.differing() == []
+
+
+def test_a_secondary_that_was_lost_is_replaced_by_an_empty_one(make_group: MakeGroup) -> None:
+    group = make_group(sizes=SMALL).create().start()
+    volume = group.open(A)
+    volume.write(0, os.urandom(2 * MIB), durable=True)
+    group.settle()
+    group.kill("s1")
+    _empty(group.node("s1").directory)
+    create(group.definition, group.node("s1"))
+    group.start("s1")
+    volume.write(4 * MIB, b"meanwhile".ljust(4096))
+    do(group, "replace", "--node", "s1")
+    paired(group)
+    quiet(group)
+    assert group.differing() == []
+    refused = do(group, "replace", "--node", "s1", code=2)
+    assert "not new" in refused.stderr or "nothing" in refused.stderr
+
+
+def test_an_intermediate_that_was_lost_is_replaced_by_an_empty_one(make_group: MakeGroup) -> None:
+    group = make_group(sizes=SMALL).create().start()
+    volume = group.open(A)
+    volume.write(0, os.urandom(2 * MIB), durable=True)
+    group.settle()
+    group.kill("i1")
+    _empty(group.node("i1").directory)
+    create(group.definition, group.node("i1"))
+    group.start("i1", wait=False)
+    wait_for(lambda: (_answers(group, "i1") or {}).get("state") == "fenced", "the new one knows that it is new")
+    assert "blockrepl replace" in group.status("i1")["reason"]
+    do(group, "replace", "--node", "i1")
+    paired(group)
+    volume.write(4 * MIB, b"afterwards".ljust(4096), durable=True)
+    quiet(group)
+    assert group.differing() == []
+
+
+def test_an_old_primary_that_comes_back_is_explained(make_group: MakeGroup) -> None:
+    group = make_group(sizes=SMALL).create().start()
+    volume = group.open(A)
+    volume.write(0, b"a" * BLOCK, durable=True)
+    group.settle()
+    group.kill("i1", "s1", "s2")
+    group.start("s1", "s2")
+    group.takeover(force=True)
+    told = do(group, "explain").stdout
+    assert "is in SSWS" in told
+    assert "way 1" in told
+    assert "way 2" in told
+    assert "next: blockrepl up" in told
+    assert "pair resync system --swap" in told
+    refused = do(group, "pair", "resync", "--swap", code=2)
+    assert "silent: i1" in refused.stderr
+    assert "blockrepl up --node i1" in refused.stderr
+
+
+def _empty(directory: Path) -> None:
+    """A new disk."""
+    for path in directory.iterdir():
+        if path.name not in ("node.log", "node.pid"):
+            path.unlink()
