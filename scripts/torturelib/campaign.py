@@ -16,7 +16,7 @@ from blockrepl.errors import BlockreplError
 from scripts.demolib.errors import DemoError
 from scripts.demolib.host import why_no_loop
 from scripts.interrupts import uninterrupted
-from scripts.torturelib import postgres
+from scripts.torturelib import pair, postgres
 from scripts.torturelib.disks import Disks, Platters
 from scripts.torturelib.errors import BrokenPromiseError, TortureError
 from scripts.torturelib.file_life import database_server, file_systems
@@ -26,6 +26,7 @@ from scripts.torturelib.network import Lines, Namespaces, Network
 
 STORM_S = (3.0, 9.0)
 MOST_STORMS = 4
+SWAPS, SOLOS = 3, 3
 JOURNAL, SMALL_JOURNAL = "64MiB", "24MiB"
 
 
@@ -63,7 +64,7 @@ class Means:
 class Campaign:
     """Performs rounds; `rounds` holds what they saw."""
 
-    KINDS: ClassVar[tuple[str, ...]] = ("power", "files", "kills", "postgres", "small")
+    KINDS: ClassVar[tuple[str, ...]] = ("power", "takeback", "files", "solo", "kills", "postgres", "small")
 
     def __init__(
         self, means: Means, seed: int, only: str | None, keep: Path | None, *, verbose: bool, bug: str
@@ -101,7 +102,9 @@ class Campaign:
         return late or (self._rounds_left is not None and len(self.rounds) >= self._rounds_left)
 
     def _live(self, kind: str, chance: random.Random) -> None:
-        with self._group(kind) as group:
+        blocks = chance.random() < 0.5
+        keys = {"small": [f'on_full = "{"block" if blocks else "suspend"}"'], "solo": ['fence = "never"']}.get(kind, [])
+        with self._group(kind, keys) as group:
             group.create()
             group.start()
             if kind in HOSTS_WITH_FILES:
@@ -109,22 +112,43 @@ class Campaign:
                 self._round(group, life, lambda: HOSTS_WITH_FILES[kind](life, chance.uniform(*STORM_S)))
                 return
             life = Life(group, chance)
+            if kind == "takeback":
+                self._swap_to_and_fro(group, life)
+                return
+            if kind == "solo":
+                self._alone(group, life)
+                return
             for _ in range(chance.randint(1, MOST_STORMS)):
                 if not self._done():
                     self._round(group, life, lambda: life.storm(chance.uniform(*STORM_S)))
             if kind == "small" and not self._done():
-                self._round(group, life, life.full_journal)
+                full = life.full_journal if blocks else lambda: pair.full_and_suspended(life)
+                self._round(group, life, full)
             if not self._done():
                 self._round(group, life, life.disaster)
 
+    def _swap_to_and_fro(self, group: Group, life: Life) -> None:
+        """Split and resync, then takeover and takeback, several times in a row."""
+        rounds = [lambda: pair.split_and_resync(life)]
+        for _ in range(SWAPS):
+            rounds += [life.disaster, lambda: pair.take_back(life)]
+        for play in rounds:
+            if not self._done():
+                self._round(group, life, play)
+
+    def _alone(self, group: Group, life: Life) -> None:
+        for _ in range(SOLOS):
+            if not self._done() and group.direction == 0:
+                self._round(group, life, lambda: pair.rolling_disaster(life))
+
     @contextmanager
-    def _group(self, kind: str) -> Iterator[Group]:
+    def _group(self, kind: str, keys: list[str]) -> Iterator[Group]:
         home = self._means.home / f"life{self._lives}"
         home.mkdir()
         disks = (Platters if kind == "power" else Disks)(home, NODES)
         network = self._means.network()
         journal = SMALL_JOURNAL if kind == "small" else JOURNAL
-        group = Group(home, network, disks, self._say, journal=journal, bug=self._bug)
+        group = Group(home, network, disks, self._say, journal=journal, keys=keys, bug=self._bug)
         try:
             yield group
         finally:

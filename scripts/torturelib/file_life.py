@@ -36,7 +36,7 @@ def file_systems(life: Life, seconds: float) -> Round:
             host.check_load()
             drained = _lose_primaries(life, round_)
             life.take_over(round_)
-        life.at_secondary = True
+        group.direction = 1
         host.move()
         host.end_load()
         for volume, found in host.check_file_systems().items():
@@ -52,7 +52,7 @@ def file_systems(life: Life, seconds: float) -> Round:
         fio = host.verify_fio()
         if fio not in (None, "clean"):
             round_.problems.append(f"fio at the secondary site: {fio}")
-        life.check(round_, secondary=True, may_lose=not drained)
+        life.check(round_, 1, may_lose=not drained)
     finally:
         host.leave()
     return round_
@@ -71,12 +71,12 @@ def database_server(life: Life, seconds: float) -> Round:
             server.wait_for_more(FEWEST_COMMITS)
             drained = _lose_primaries(life, round_)
             life.take_over(round_)
-        life.at_secondary = True
+        group.direction = 1
         server.close()
         committed = sum(server.committed.values())
         _recover(server, round_, may_lose=not drained)
         round_.notes["commits"], round_.notes["commits_lost"] = committed, committed - sum(server.committed.values())
-        life.check(round_, secondary=True, may_lose=not drained)
+        life.check(round_, 1, may_lose=not drained)
         server.errors.clear()
         server.begin_load()
         server.wait_for_more(FEWEST_COMMITS)

@@ -28,7 +28,8 @@ from scripts.torturelib.network import Network
 
 PRIMARIES, SECONDARIES, INTERMEDIATE = ("p1", "p2"), ("s1", "s2"), "i1"
 NODES = (*SECONDARIES, INTERMEDIATE, *PRIMARIES)  # in the order of starting
-OLD_SITE, FAR_SITE = (*PRIMARIES, INTERMEDIATE), SECONDARIES
+SITES = (PRIMARIES, SECONDARIES)
+SITE_NAMES = ("primary", "secondary")
 PLACES = {"data": ("p1", "s1"), "log": ("p2", "s2"), "index": ("p1", "s2")}
 NAMES = tuple(PLACES)  # a volume's number is its place here
 VOLUME_MIB = 320  # the least that mkfs.xfs takes
@@ -59,6 +60,7 @@ class Group:
             self._seen[node] = load(path)
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self.stopped: set[str] = set()
+        self.direction = 0  # the site where hosts are
 
     def _text(self, journal: str, policy: dict[str, str], keys: Sequence[str]) -> str:
         lines = [
@@ -72,12 +74,22 @@ class Group:
         for node in sorted(NODES):
             role = {"p": "primary", "i": "intermediate", "s": "secondary"}[node[0]]
             lines += ["[[node]]", f'name = "{node}"', f'role = "{role}"', f'directory = "{node}"']
-            lines += [] if role == "primary" else [f'listen = "{self.network.link_address(node)}"']
+            lines += [f'listen = "{self.network.link_address(node)}"']
             lines += [] if role == "intermediate" else [f'nbd = "{self.network.nbd_address(node)}"']
         for name, (primary, secondary) in PLACES.items():
             lines += ["[[volume]]", f'name = "{name}"', f'size = "{VOLUME_MIB}MiB"']
             lines += [f'primary = "{primary}"', f'secondary = "{secondary}"']
         return "\n".join(lines) + "\n"
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Where hosts are."""
+        return SITES[self.direction]
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The other site."""
+        return SITES[1 - self.direction]
 
     # life
 
@@ -189,6 +201,10 @@ class Group:
         """The volume's loop device, where it is active."""
         return self.command("attach", f"{self.name}/{volume}").strip()
 
+    def ask(self, node: str, command: str, **args: Any) -> dict[str, Any]:
+        """A node's control socket. Raises BlockreplError."""
+        return call(self.definition.node(node).directory, command, args, timeout_s=PATIENCE_S)
+
     def takeover(self, leader: str, **args: Any) -> dict[str, Any]:
         """Led by a secondary. Raises BlockreplError."""
         self.say(f"takeover led by {leader}" + (f" {json.dumps(args)}" if args else ""))
@@ -209,10 +225,10 @@ class Group:
         """Where hosts find it."""
         return f"nbd://{self.network.nbd_address(PLACES[volume][1 if secondary else 0])}/{volume}"
 
-    def image(self, volume: str, *, secondary: bool) -> Path:
+    def image(self, volume: str, site: int) -> Path:
         """Its file."""
         found: Volume = self.definition.volume(volume)
-        return image_path(self.definition.node(PLACES[volume][1 if secondary else 0]), found)
+        return image_path(self.definition.node(PLACES[volume][site]), found)
 
     # quiet
 
@@ -244,8 +260,8 @@ class Group:
             return (
                 numbered is not None
                 and marks["validated"] == numbered
-                and all(self.marks(node).get("applied") == numbered for node in SECONDARIES)
-                and not any(self.status(node).get("pending", {}).get("batches", 1) for node in PRIMARIES)
+                and all(self.marks(node).get("applied") == numbered for node in self.targets)
+                and not any(self.status(node).get("pending", {}).get("batches", 1) for node in self.sources)
             )
 
         self.wait_for(settled, "everything numbered is applied")

@@ -30,6 +30,11 @@ class Compared:
     differing: tuple[int, ...]  # blocks
 
 
+def differing_blocks(one: Path, other: Path) -> tuple[int, ...]:
+    """Blocks whose content is not the same."""
+    return compare(one, other).differing
+
+
 def compare(one: Path, other: Path) -> Compared:
     """Every block that is data in either."""
     first, second = (os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in (one, other))

@@ -18,7 +18,7 @@ from blockrepl.errors import BlockreplError
 from scripts.torturelib.database import CorruptError, Database, image_reader, recover
 from scripts.torturelib.errors import BrokenPromiseError
 from scripts.torturelib.faults import Storm
-from scripts.torturelib.group import NAMES, NODES, PLACES, PRIMARIES, SECONDARIES, Group
+from scripts.torturelib.group import INTERMEDIATE, NAMES, NODES, SITE_NAMES, Group
 from scripts.torturelib.history import History, Verdict
 from scripts.torturelib.hosts import Load
 from scripts.torturelib.images import compare, stamps_of
@@ -56,7 +56,6 @@ class Life:
         self.database = set(volumes) >= {"data", "log"}
         self.committed = 0
         self.fresh = True
-        self.at_secondary = False
         self.now = Round("start")  # the round under way
 
     # hosts
@@ -65,13 +64,11 @@ class Life:
     def load(self, round_: Round, *, warm: bool = True) -> Iterator[Load]:
         """Hosts write while the block runs; then they end, and their complaints are noted."""
         seed = str(self.chance.random())
-        at_secondary = self.at_secondary
-        load = Load(self.history, self.volumes, lambda volume: self._uri(NAMES[volume], at_secondary), seed).begin()
+        site = self.group.direction
+        load = Load(self.history, self.volumes, lambda volume: self._uri(NAMES[volume], site), seed).begin()
         database = None
         if self.database:
-            database = Database(
-                lambda name: self._uri(name, at_secondary), seed, committed=self.committed, fresh=self.fresh
-            )
+            database = Database(lambda name: self._uri(name, site), seed, committed=self.committed, fresh=self.fresh)
             database.start()
         try:
             if warm:
@@ -88,8 +85,8 @@ class Life:
             round_.host_errors += len(load.errors)
             round_.problems += load.broken
 
-    def _uri(self, name: str, at_secondary: bool) -> str:
-        return self.group.nbd_uri(name, secondary=at_secondary)
+    def _uri(self, name: str, site: int) -> str:
+        return self.group.nbd_uri(name, secondary=bool(site))
 
     def _warm_up(self, load: Load, database: Database | None) -> None:
         """Until they are in full swing."""
@@ -104,17 +101,17 @@ class Life:
 
     # checks
 
-    def content(self, *, secondary: bool) -> dict[int, list[tuple[int, int]]]:
+    def content(self, site: int) -> dict[int, list[tuple[int, int]]]:
         """What the images hold of blocks that were ever written."""
         return {
-            volume: list(stamps_of(self.group.image(NAMES[volume], secondary=secondary), volume, blocks))
+            volume: list(stamps_of(self.group.image(NAMES[volume], site), volume, blocks))
             for volume, blocks in self.history.written().items()
         }
 
-    def check(self, round_: Round, *, secondary: bool, may_lose: bool) -> Verdict:
+    def check(self, round_: Round, site: int, *, may_lose: bool, spare_database: bool = False) -> Verdict:
         """Judge the images of one side."""
-        where = "secondary" if secondary else "primary"
-        verdict = self.history.judge(self.content(secondary=secondary))
+        where = SITE_NAMES[site]
+        verdict = self.history.judge(self.content(site))
         round_.problems += [f"{where} site: {problem}" for problem in verdict.problems[:5]]
         if not round_.writes:
             round_.writes, round_.acknowledged = verdict.writes, verdict.acknowledged
@@ -123,12 +120,13 @@ class Life:
         if verdict.lost and not may_lose:
             some = "; ".join(map(str, verdict.lost[:3]))
             round_.problems.append(f"{where} site: {len(verdict.lost)} acknowledged writes are missing: {some}")
-        if self.database and not self.fresh:
-            self._check_database(round_, where, secondary=secondary, may_lose=may_lose)
+        if self.database and not self.fresh and not spare_database:
+            self._check_database(round_, site, may_lose=may_lose)
         return verdict
 
-    def _check_database(self, round_: Round, where: str, *, secondary: bool, may_lose: bool) -> None:
-        data, log = (self.group.image(name, secondary=secondary) for name in ("data", "log"))
+    def _check_database(self, round_: Round, site: int, *, may_lose: bool) -> None:
+        where = SITE_NAMES[site]
+        data, log = (self.group.image(name, site) for name in ("data", "log"))
         try:
             state = recover(image_reader(data, log))
         except CorruptError as error:
@@ -143,7 +141,7 @@ class Life:
     def compare_ends(self, round_: Round) -> None:
         """Every block of every volume, both sides."""
         for name in NAMES:
-            found = compare(self.group.image(name, secondary=False), self.group.image(name, secondary=True))
+            found = compare(self.group.image(name, 0), self.group.image(name, 1))
             round_.blocks_compared += found.nonzero_blocks
             if found.differing:
                 some = ", ".join(map(str, found.differing[:8]))
@@ -153,11 +151,10 @@ class Life:
     def at_rest(self, round_: Round) -> None:
         """Everything heals and settles; both sides must hold everything acknowledged, and be the same."""
         self.group.settle()
-        if not self.fresh:
-            self.check(round_, secondary=False, may_lose=False)
-        self.check(round_, secondary=True, may_lose=False)
+        for site in (0, 1):
+            self.check(round_, site, may_lose=False)
         self.compare_ends(round_)
-        self.history.rebase(self.content(secondary=True))
+        self.history.rebase(self.content(1))
 
     # rounds
 
@@ -176,7 +173,7 @@ class Life:
         """A secondary is cut off until the journal is full and hosts wait; then it comes back."""
         round_ = self.now = Round("full journal")
         group = self.group
-        away = self.chance.choice(SECONDARIES)
+        away = self.chance.choice(group.targets)
         with self.load(round_):
             round_.faults.append(f"cut {away} off until the journal is full")
             group.say(round_.faults[0])
@@ -208,35 +205,36 @@ class Life:
             group.network.heal()
             time.sleep(self.chance.uniform(0.0, 1.0))  # hosts of an old site that lives go on trying
             load.ending.set()
-            group.kill(PRIMARIES)
+            group.kill(group.sources)
         round_.notes["lost_writes"] = result["lost_writes"]
-        self.at_secondary = True
-        self.check(round_, secondary=True, may_lose=kind in ("all killed", "power loss") and not result["drained"])
-        self.history.rebase(self.content(secondary=True))
+        group.direction = 1 - group.direction
+        may_lose = kind in ("all killed", "power loss") and not result["drained"]
+        self.check(round_, group.direction, may_lose=may_lose)
+        self.history.rebase(self.content(group.direction))
         self._live_on(round_)
         self._old_site_returns(round_)
-        self.check(round_, secondary=True, may_lose=False)
+        self.check(round_, group.direction, may_lose=False)
         return round_
 
     def _strike(self, kind: str, round_: Round) -> None:
         group = self.group
         if kind == "killed":
-            group.kill(PRIMARIES)
-            text = "kill -9 p1 p2"
+            group.kill(group.sources)
+            text = f"kill -9 {' '.join(group.sources)}"
         elif kind == "all killed":
-            group.kill((*PRIMARIES, "i1"))
-            text = "kill -9 p1 p2 i1"
+            group.kill((*group.sources, INTERMEDIATE))
+            text = f"kill -9 {' '.join(group.sources)} i1"
         elif kind == "cut off":
-            text = "p1 and p2 are cut off from all but their hosts"
-            for node in PRIMARIES:
-                for other in (*SECONDARIES, "i1"):
+            text = f"{' and '.join(group.sources)} are cut off from all but their hosts"
+            for node in group.sources:
+                for other in (*group.targets, INTERMEDIATE):
                     group.network.cut(node, other)
                     group.network.cut(other, node)
         else:
             loss = group.cut_power(NODES, str(self.chance.random()))
-            text = f"power cut everywhere ({loss}), only the secondaries come back"
-            group.start(*SECONDARIES, wait=False)
-            group.wait_for(lambda: all(map(group.status, SECONDARIES)), "the secondaries answer")
+            text = f"power cut everywhere ({loss}), only the other site comes back"
+            group.start(*group.targets, wait=False)
+            group.wait_for(lambda: all(map(group.status, group.targets)), "the other site answers")
         self.tell(round_, text)
 
     def tell(self, round_: Round, text: str) -> None:
@@ -247,7 +245,7 @@ class Life:
         """Often the first attempt is killed in its middle; then it is repeated, led by any secondary."""
         group = self.group
         if self.chance.random() < 0.4:
-            leader, victim = self.chance.choice(SECONDARIES), self.chance.choice(SECONDARIES)
+            leader, victim = self.chance.choice(group.targets), self.chance.choice(group.targets)
             first = threading.Thread(target=self._attempt, args=(leader,), daemon=True)
             first.start()
             time.sleep(self.chance.uniform(0.0, 0.25))
@@ -256,7 +254,7 @@ class Life:
             self.tell(round_, f"kill -9 {victim} in the middle of a takeover led by {leader}")
             group.start(victim, wait=False)
             group.wait_for(lambda: group.status(victim), f"{victim} answers")
-        return dict(group.wait_for(lambda: self._attempt(self.chance.choice(SECONDARIES)), "a takeover succeeds"))
+        return dict(group.wait_for(lambda: self._attempt(self.chance.choice(group.targets)), "a takeover succeeds"))
 
     def _attempt(self, leader: str) -> dict[str, Any]:
         try:
@@ -269,31 +267,31 @@ class Life:
         """Hosts at the secondary site write; its nodes are killed, and come back with everything."""
         group = self.group
         if group.disks.lose_power:  # what the takeover said is durable
-            loss = group.cut_power(SECONDARIES, str(self.chance.random()))
-            self.tell(round_, f"after the takeover, power cut at s1 s2: {loss}")
-            group.start(*SECONDARIES)
-            self.check(round_, secondary=True, may_lose=False)
+            loss = group.cut_power(group.sources, str(self.chance.random()))
+            self.tell(round_, f"after the takeover, power cut at {' '.join(group.sources)}: {loss}")
+            group.start(*group.sources)
+            self.check(round_, group.direction, may_lose=False)
         with self.load(round_):
             time.sleep(self.chance.uniform(0.1, 1.0))
-            victims = self.chance.choice((["s1"], ["s2"], list(SECONDARIES)))
+            victims = self.chance.choice(([group.sources[0]], [group.sources[1]], list(group.sources)))
             self.tell(round_, f"after the takeover, kill -9 {' '.join(victims)}")
             group.kill(victims)
             group.start(*victims)
-        self.check(round_, secondary=True, may_lose=False)
-        self.history.rebase(self.content(secondary=True))
+        self.check(round_, group.direction, may_lose=False)
+        self.history.rebase(self.content(group.direction))
 
     def _old_site_returns(self, round_: Round) -> None:
         """It learns that it is fenced, and lets no host in."""
         group = self.group
         group.start(wait=False)
         self.tell(round_, "the old site comes back")
-        for node in PRIMARIES:
+        for node in group.targets:
             group.wait_for(partial(self._fenced, node), f"{node} says that it is fenced")
-        for name, (primary, _) in PLACES.items():
+        for name in NAMES:
             with suppress(OSError):
-                volume = NbdVolume(group.nbd_uri(name, secondary=False), 2.0)
+                volume = NbdVolume(self._uri(name, 1 - group.direction), 2.0)
                 volume.write(0, bytes(4096), durable=True)
-                round_.problems.append(f"{primary}, which is fenced, took a write to {name}")
+                round_.problems.append(f"{SITE_NAMES[1 - group.direction]} site, fenced, took a write to {name}")
 
     def _fenced(self, node: str) -> bool:
         return "epoch" in self.group.status(node).get("reason", "")

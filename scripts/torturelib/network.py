@@ -58,6 +58,10 @@ class Network(ABC):
     def heal(self) -> None:
         """Every link is whole."""
 
+    def received_bytes(self, nodes: Iterable[str]) -> int | None:
+        """All that was sent to them so far, by anybody; None where nobody counts."""
+        return None
+
     @abstractmethod
     def close(self) -> None:
         """Remove it. Never raises."""
@@ -144,6 +148,11 @@ class Namespaces(Network):
         while self._cuts:
             self._rule("del", *self._cuts[-1])
             self._cuts.pop()
+
+    def received_bytes(self, nodes: Iterable[str]) -> int | None:
+        with IPRoute() as here:
+            ours = {link.get_attr("IFLA_IFNAME"): link.get_attr("IFLA_STATS64") for link in here.get_links()}
+        return sum(int(ours[f"to-{node}"]["tx_bytes"]) for node in nodes)
 
     def close(self) -> None:
         with suppress(NetlinkError), IPRoute() as here:  # a namespace takes its links along, but late
