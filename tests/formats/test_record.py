@@ -23,6 +23,7 @@ from blockrepl.formats.record import (
     encode_record,
     iterate_entries,
     number_record,
+    peek,
 )
 
 GROUP = bytes(range(16))
@@ -95,6 +96,7 @@ def test_what_goes_in_comes_out(given_commands: list[Command]) -> None:
     ]
     assert entries == given_commands
     assert decode_head(memoryview(whole)) == head
+    assert peek(whole[:HEADER_BYTES]) == (head.kind, head.count * ENTRY_BYTES)
 
 
 @given(commands)
