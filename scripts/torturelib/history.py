@@ -103,6 +103,11 @@ class History:
                 blocks.setdefault(volume, []).append(block)
         return blocks
 
+    def recent(self) -> set[tuple[int, int]]:
+        """(volume, block) written since the last known state."""
+        with self._lock:
+            return set(self._versions)
+
     def judge(self, content: Content) -> Verdict:
         """``content`` covers all of `written`. Nobody writes meanwhile."""
         verdict = Verdict(len(self._writes), self.acknowledged)

@@ -56,6 +56,7 @@ class Life:
         self.database = set(volumes) >= {"data", "log"}
         self.committed = 0
         self.fresh = True
+        self.doubtful: set[tuple[int, int]] = set()  # written in the round of the last disaster
         self.now = Round("start")  # the round under way
 
     # hosts
@@ -208,6 +209,7 @@ class Life:
             group.kill(group.sources)
         round_.notes["lost_writes"] = result["lost_writes"]
         group.direction = 1 - group.direction
+        self.doubtful = self.history.recent()
         may_lose = kind in ("all killed", "power loss") and not result["drained"]
         self.check(round_, group.direction, may_lose=may_lose)
         self.history.rebase(self.content(group.direction))
