@@ -96,7 +96,7 @@ def test_what_goes_in_comes_out(given_commands: list[Command]) -> None:
     ]
     assert entries == given_commands
     assert decode_head(memoryview(whole)) == head
-    assert peek(whole[:HEADER_BYTES]) == (head.kind, head.count * ENTRY_BYTES)
+    assert peek(bytes(whole[:HEADER_BYTES])) == (head.kind, head.count * ENTRY_BYTES)
 
 
 @given(commands)
