@@ -433,9 +433,9 @@ class Pairing:
             state.at = owner.numbered
         actions: list[Action] = [Event(f"resync {state.start} begins; it goes back to {state.at} if it fails")]
         self._starts = [(s.node, s.last if state.limited else 0) for s in streams.by_node.values()]
-        streams.skips = dict(self._starts)
+        if state.limited:
+            streams.jump(self._starts)
         for stream in streams.by_node.values():
-            stream.sent = max(stream.sent, streams.skips[stream.node])
             actions.append(owner.control(RecordKind.START, stream, state.at, flags))
         self._starts_through = owner.numbered
         state.limited, streams.limit = False, None

@@ -110,6 +110,16 @@ class Streams:
             stream.link, stream.ready, stream.busy = 0, False, False
             stream.asked.clear()
 
+    def jump(self, starts: list[tuple[int, int]]) -> None:
+        """Each (secondary, number): nothing of its stream up to there is sent any more; its START comes next.
+
+        Rounds that are open name records which now never come: the round of the START says it all.
+        """
+        self.skips = dict(starts)
+        self._rounds.clear()
+        for stream in self.by_node.values():
+            stream.sent = max(stream.sent, self.skips[stream.node])
+
     # sending
 
     def pump(self, stream: Stream) -> list[Action]:

@@ -69,7 +69,9 @@ class Suspension:
         def stored(now_s: float) -> list[Action]:
             owner.machine.go("suspended")
             owner.unconfirmed.clear()
-            return self._alone()
+            # A link that SUSPEND came on is still there: a new one declares what it is now.
+            closed: list[Action] = [Close(owner.link, "going on alone")] if owner.link else []
+            return [*closed, *self._alone()]
 
         return [SaveBits(owner.expect(bits_saved))]
 

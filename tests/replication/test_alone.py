@@ -310,6 +310,18 @@ def test_suspend_is_obeyed_at_once_where_the_fence_allows_it_and_writes_are_held
         assert (host.stored == [batch]) is (phase is Phase.ALONE)
 
 
+def test_who_was_told_to_go_alone_greets_anew_and_a_resync_takes_it_back() -> None:
+    host = Host()
+    host.start()
+    host.do(host.role.received(host.link, Message.SUSPEND, {"pair": Pair.PSUE, "number": 0}, 0.0))
+    assert "close" in host.log
+    host.connect(through=0, batch=0, numbering=False, pair=Pair.PSUE)
+    assert host.said(Message.HELLO)[-1]["suspended"]
+    assert host.phase == "JOINED"
+    host.resync()
+    assert host.phase == "LIVE"
+
+
 def test_21_on_resync_it_merges_syncs_stores_and_then_writes_are_numbered_again() -> None:
     host = alone()
     host.submit(offset=0)

@@ -333,6 +333,32 @@ def test_a_full_journal_suspends_hop_2_and_comes_back_by_itself() -> None:
     assert group.pair.name == "PAIR"
 
 
+def test_a_resync_that_jumps_asks_nobody_to_prepare_what_is_never_sent() -> None:
+    group = Group()
+    group.join()
+    for number in (1, 2, 3):
+        group.write(P1, number)
+    assert Message.PREPARE in kinds(group.tick(1.0)), "a round is open"
+    group.do(group.role.received(LINKS[P1], Message.CHECKPOINT, {"number": 3}, 0.0))
+    for node in (S1, S2):
+        group.do(group.role.lost(LINKS[node], 0.0))
+    group.do(group.role.ring(FREE // 20, FREE))
+    for _ in range(20):
+        group.tick()
+    assert group.pair.name == "PFUS"
+    for node in (S1, S2):
+        group.do(group.role.connected(LINKS[node], node, NONCE, group.now_s))
+        group.do(group.role.received(LINKS[node], Message.WELCOME, report(node), group.now_s))
+    group.do(group.role.ring(FREE, FREE))
+    group.tick(3.0)
+    sent = group.rejoin()
+    for _ in range(3):
+        sent += group.tick(1.0)
+    asked = [fields["number"] for _, kind, fields in sent if kind == Message.PREPARE]
+    assert asked
+    assert min(asked) > 3, asked
+
+
 def test_with_block_a_full_journal_holds_the_hosts_back() -> None:
     group = Group(Policy(suspend_when_full=False))
     group.join()
