@@ -435,6 +435,8 @@ class Pairing:
         self._starts = [(s.node, s.last if state.limited else 0) for s in streams.by_node.values()]
         if state.limited:
             streams.jump(self._starts)
+        else:
+            streams.skips = dict(self._starts)
         for stream in streams.by_node.values():
             actions.append(owner.control(RecordKind.START, stream, state.at, flags))
         self._starts_through = owner.numbered
