@@ -103,7 +103,9 @@ class Campaign:
 
     def _live(self, kind: str, chance: random.Random) -> None:
         blocks = chance.random() < 0.5
-        keys = {"small": [f'on_full = "{"block" if blocks else "suspend"}"'], "solo": ['fence = "never"']}.get(kind, [])
+        # Where a suspension is not what the round is about, it would only make losses legal.
+        keys = [f'on_full = "{"block" if blocks or kind != "small" else "suspend"}"']
+        keys += ['fence = "never"'] * (kind == "solo")
         with self._group(kind, keys) as group:
             group.create()
             group.start()

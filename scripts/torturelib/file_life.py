@@ -24,6 +24,7 @@ def file_systems(life: Life, seconds: float) -> Round:
     try:
         host.settle_in()
         host.verified_write()
+        _caught_up(life)
         host.begin_load()
         with life.load(round_):
             _storm(life, round_, seconds)
@@ -65,6 +66,7 @@ def database_server(life: Life, seconds: float) -> Round:
     server = Postgres(group, life.chance)
     try:
         server.make()
+        _caught_up(life)
         server.begin_load()
         with life.load(round_):
             _storm(life, round_, seconds)
@@ -92,6 +94,13 @@ def _recover(server: Postgres, round_: Round, *, may_lose: bool) -> None:
     round_.transactions += sum(found.transactions.values())
     if len(found.transactions) < CLIENTS and not may_lose:
         round_.problems.append(f"PostgreSQL: clients are missing: {found.transactions}")
+
+
+def _caught_up(life: Life) -> None:
+    """What was written so far is part of whatever a takeover finds."""
+    group = life.group
+    numbered = group.wait_for(lambda: group.marks(INTERMEDIATE).get("numbered"), "the intermediate answers")
+    group.wait_for(lambda: group.marks(INTERMEDIATE).get("validated", 0) >= numbered, "the secondaries have caught up")
 
 
 def _storm(life: Life, round_: Round, seconds: float) -> None:
