@@ -33,9 +33,7 @@ def rows(table: Mapping[tuple[Any, str], Any]) -> list[tuple[str, str, str]]:
         for event in {event for _, event in table}
         if len({table.get((state, event)) for state in states}) == 1 and len(states) > 2
     }
-    listed = [
-        (state.value, event, target.value) for (state, event), target in table.items() if event not in everywhere
-    ]
+    listed = [(state.value, event, target.value) for (state, event), target in table.items() if event not in everywhere]
     order: list[Enum] = list(next(iter(states)).__class__)
     place = {state.value: index for index, state in enumerate(order)}
     listed.sort(key=lambda row: place[row[0]])

@@ -29,6 +29,9 @@ def takeover(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Go on without secondaries that do not answer.")] = False,
     read_only: Annotated[bool, typer.Option("--read-only", help="Hosts may read the volumes, not write.")] = False,
+    to_marker: Annotated[
+        str, typer.Option("--to-marker", metavar="NAME", help="Stop at a marker that all secondaries still hold.")
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Make the secondaries active under a new epoch.
@@ -42,7 +45,7 @@ def takeover(
     def step(progress: Message) -> None:
         screen.print(f"{node.name}: {progress.get('step') or progress.get('message') or progress}")
 
-    args = {"dry_run": dry_run, "force": force, "read_only": read_only}
+    args = {"dry_run": dry_run, "force": force, "read_only": read_only, "marker": to_marker}
     result = call(node.directory, "takeover", args, on_progress=step, timeout_s=SILENCE_S)
     if as_json:
         print_json(result)

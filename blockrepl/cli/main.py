@@ -8,7 +8,20 @@ from typing import Annotated
 import typer
 
 import blockrepl
-from blockrepl.cli import bitmap, config, copies, devices, doctor, explain, journal, lifecycle, pair, replacing, status
+from blockrepl.cli import (
+    bitmap,
+    config,
+    copies,
+    devices,
+    doctor,
+    explain,
+    journal,
+    lifecycle,
+    marker,
+    pair,
+    replacing,
+    status,
+)
 from blockrepl.cli.output import print_error
 from blockrepl.errors import BlockreplError
 
@@ -57,6 +70,7 @@ for command in (
     app.command()(command)
 app.add_typer(pair.app, name="pair")
 app.add_typer(pair.node_app, name="node")
+app.add_typer(marker.app, name="marker")
 app.add_typer(config.app, name="config")
 
 

@@ -245,6 +245,7 @@ _bodies: dict[int, Any] = {
         "epoch" / epoch_id,
         "dry_run" / Flag,
         "reform" / Flag,  # for a swap or a replacement, not for a takeover: who is active promises too
+        "marker" / PascalString(Int8ub, "utf8"),  # a takeover that is to stop there; "" for none
     ),
     Message.PROMISED: Struct(
         "epoch" / epoch_id,  # the epoch promised
@@ -263,6 +264,7 @@ _bodies: dict[int, Any] = {
         "initial" / Flag,  # an initial copy: there is nothing to go back to
         "end" / Int64ub,  # number of the END that it holds durably, for the copy under way; 0 for none
         "trusted" / Flag,  # its bitmaps say all
+        "marker" / Int64ub,  # the number of the marker asked for; 0: it is not held, or passed already
         "dirty_bytes" / Int64ub,  # written here and not at the other site, in blocks
     ),
     Message.STORE: Struct(
@@ -299,10 +301,10 @@ DEFAULTS: dict[int, dict[str, Any]] = {
     },
     Message.HEARTBEAT: {"pair": Pair.PAIR},
     Message.RESYNC: {"verify": False, "rate_bytes": 0, "forget": False},
-    Message.PROMISE: {"reform": False},
+    Message.PROMISE: {"reform": False, "marker": ""},
     Message.PROMISED: {
         "direction": 0, "pair": Pair.PAIR, "copying": False, "copy_from": 0, "initial": False, "end": 0,
-        "trusted": True, "dirty_bytes": 0,
+        "trusted": True, "marker": 0, "dirty_bytes": 0,
     },
     Message.STORED: {"kept_ns": 0, "newest_ns": 0},
     Message.STORE: {

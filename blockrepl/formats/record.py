@@ -85,6 +85,7 @@ class RecordKind(IntEnum):
     DIGEST = 2  # verify: digests, nothing to store
     START = 3  # a resync begins in this stream; made by the intermediate (PROTOCOL, rules 19 and 20)
     END = 4  # … and has ended
+    MARKER = 5  # a name that an application put into the order; made by the intermediate, one in each stream
 
 
 class RecordFlag(IntFlag):
@@ -183,6 +184,23 @@ def control_record(
         kind, group, sender, stream, incarnation, 0, 0, [OP_CONTROL], [0], [number], [0], [None], 0, flags
     )  # fmt: skip
     return record
+
+
+MAX_MARKER_BYTES = 255
+
+
+def marker_record(group: bytes, sender: int, stream: int, incarnation: int, number: int, name: bytes) -> bytearray:
+    """A whole MARKER; ``number``: the last one of those that carry this name, where a takeover would stop."""
+    record, _ = encode_record(
+        RecordKind.MARKER, group, sender, stream, incarnation, 0, 0, [Op.WRITE], [0], [number], [len(name)], [name],
+        len(name),
+    )  # fmt: skip
+    return record + name
+
+
+def marker_name(record: memoryview) -> bytes:
+    """What `marker_record` was given."""
+    return bytes(record[HEADER_BYTES + ENTRY_BYTES :])
 
 
 def control_number(record: memoryview) -> int:

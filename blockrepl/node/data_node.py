@@ -249,6 +249,7 @@ class DataNode(NodeBase):
                 dry_run=bool(args.get("dry_run")),
                 force=bool(args.get("force")),
                 writable=not args.get("read_only"),
+                marker=str(args.get("marker") or ""),
             )
 
     async def _reform(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:

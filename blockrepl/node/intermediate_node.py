@@ -196,6 +196,7 @@ class IntermediateNode(NodeBase):
         return {
             "pair_split": self._split, "pair_resync": self._resync, "pair_create": self._create,
             "pair_delete": self._delete, "exclude": self._exclude, "include": self._include, "bitmap": self._bitmap,
+            "marker_put": self._put_marker, "marker": self._marker,
         }  # fmt: skip
 
     async def _split(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
@@ -228,6 +229,23 @@ class IntermediateNode(NodeBase):
         names = {volume.id: volume.name for volume in self.definition.volumes}
         volumes = bitmap_report(self._bitmaps.bitmaps, names)
         return {"node": self.node.name, "volumes": volumes, "trusted": True, "open_writes": []}
+
+    async def _put_marker(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        name = str(args.get("name") or "")
+        self._act(self.host.role.put_marker(name))
+        return {"name": name, "number": self.host.role.markers[name]}
+
+    async def _marker(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        """Where a marker stands: durable at the intermediate, held by all secondaries, applied by all."""
+        name, role = str(args.get("name") or ""), self.host.role
+        number = role.markers.get(name)
+        if number is None:
+            raise UsageError(f'no marker "{name}" is known here', hint="blockrepl marker put")
+        return {
+            "name": name, "number": number, "durable": role.durable_number >= number,
+            "validated": role.streams.validated >= number,
+            "applied": all(stream.applied >= number for stream in role.streams.by_node.values()),
+        }  # fmt: skip
 
     def _act(self, actions: list[Action]) -> dict[str, Any]:
         """Perform what an operator asked for; the answer says the state, what comes of it `status` says."""

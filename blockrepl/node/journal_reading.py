@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from blockrepl.errors import DamagedError
 from blockrepl.formats.journal import FrameHeader, FrameKind
-from blockrepl.formats.record import RecordHead, RecordKind, check_record, control_number
+from blockrepl.formats.record import RecordHead, RecordKind, check_record, control_number, marker_name
 from blockrepl.replication.intermediate import Intermediate
 from blockrepl.replication.secondary import Secondary
 from blockrepl.storage.journal import Journal
@@ -19,6 +19,7 @@ class JournalReading:
     def __init__(self) -> None:
         self.heads: list[RecordHead] = []
         self.notes: list[tuple[int, int]] = []  # (number, epoch)
+        self.markers: dict[str, tuple[int, int]] = {}  # name → (number of its record, where a takeover would stop)
         self.controls: dict[int, int] = {}  # number of a START or END → the number in it
 
     def check(self, header: FrameHeader, body: memoryview) -> bool:
@@ -33,18 +34,23 @@ class JournalReading:
             self.heads.append(head)
             if head.kind in (RecordKind.START, RecordKind.END):
                 self.controls[head.first] = control_number(body)
+            elif head.kind == RecordKind.MARKER:
+                self.markers[marker_name(body).decode(errors="replace")] = head.first, control_number(body)
         return True
 
     def tell_intermediate(self, role: Intermediate) -> None:
         """In the order of the journal. All of it is durable by now."""
         for head in self.heads:
             role.recovered(head)
+        role.markers.update({name: number for name, (_, number) in self.markers.items() if number <= role.numbered})
         role.start()
 
     def tell_secondary(self, role: Secondary, journal: Journal) -> list[tuple[RecordHead, int]]:
         """Notes first, then records; the records still to be applied, each with its place in the file."""
         for number, epoch in self.notes:
             role.recovered_note(number, epoch)
+        for name, (_, number) in self.markers.items():
+            role.hear_marker(name, number)
         frames = [frame for frame in journal.frames() if frame.kind == FrameKind.RECORD]
         return [
             (head, frame.body_offset)

@@ -20,16 +20,19 @@ from blockrepl.formats.link import (
     Epoch,
     LinkRole,
     Message,
+    Pair,
     Refusal,
     encode,
 )
 from blockrepl.formats.record import (
+    MAX_MARKER_BYTES,
     RecordFlag,
     RecordHead,
     RecordKind,
     control_record,
     decode_batch,
     encode_record,
+    marker_record,
     number_record,
 )
 from blockrepl.formats.state import IntermediateState
@@ -40,6 +43,8 @@ from blockrepl.replication.opening import Opening, Phase
 from blockrepl.replication.pairing import Pairing
 from blockrepl.replication.policy import Policy
 from blockrepl.replication.streams import Stream, Streams
+
+MARKERS_MAX = 1024  # remembered
 
 
 class Intermediate:
@@ -88,6 +93,7 @@ class Intermediate:
                 self.senders.by_node[sender_node].spilled = last
         self._spilling = False
         self.opening = Opening(self, new_id, alone=alone)
+        self.markers: dict[str, int] = {}  # name → number, of the newest; for those who wait for them
         self.pairing = Pairing(self, bitmaps or {}, owners or {}, local_source=local_source)
         self._homes = homes or {}
         self.undurable_bytes = 0  # of its own records
@@ -351,6 +357,28 @@ class Intermediate:
             kind, self.group, self.node, stream.node, self.state.incarnation & 0xFFFFFFFF, number, flags
         )  # fmt: skip
         return self._number_own(record, stream)
+
+    def put_marker(self, name: str) -> list[Action]:
+        """`marker put`: a name in the order, one record in each stream, nothing between them. Raises UsageError."""
+        raw = name.encode()
+        if not raw or len(raw) > MAX_MARKER_BYTES or not name.isprintable():
+            raise UsageError(f"a marker's name has 1 to {MAX_MARKER_BYTES} bytes of printable text", hint="shorten it")
+        if self.opening.phase is not Phase.SERVING or not self.state.numbering or self.state.pair != Pair.PAIR:
+            raise UsageError(
+                f"no marker can be put in state {self.pairing.pair.name}: it would not reach the secondaries in order",
+                hint="blockrepl pair wait -s PAIR -t 60",
+            )
+        streams = list(self.streams.by_node.values())
+        number = self.numbered + len(streams)
+        self.markers.pop(name, None)
+        self.markers[name] = number
+        while len(self.markers) > MARKERS_MAX:
+            del self.markers[next(iter(self.markers))]
+        incarnation = self.state.incarnation
+        return [
+            self._number_own(marker_record(self.group, self.node, stream.node, incarnation, number, raw), stream)
+            for stream in streams
+        ]
 
     def own_copy(self, volume: int, offset_bytes: int, data: bytearray) -> list[Action]:
         """Volumes mode: a block of an intermediate volume as a COPY record, at this very number (rule 19)."""

@@ -16,7 +16,7 @@ from blockrepl.chunks import Chunk
 from blockrepl.errors import ProtocolError, SequenceGapError
 from blockrepl.formats.journal import frame_bytes
 from blockrepl.formats.link import LinkRole, Message, Refusal, encode
-from blockrepl.formats.record import RecordFlag, RecordHead, RecordKind, control_number
+from blockrepl.formats.record import RecordFlag, RecordHead, RecordKind, control_number, marker_name
 from blockrepl.formats.state import SecondaryState
 from blockrepl.replication.actions import (
     Action,
@@ -38,7 +38,9 @@ from blockrepl.replication.secondary_epochs import Phase as Phase
 from blockrepl.replication.secondary_greeting import OPENERS, problem_with
 from blockrepl.replication.splitting import Splitting
 
-_CONTROL = int(RecordKind.START)  # START, END: kinds from here on
+_CONTROL = (int(RecordKind.START), int(RecordKind.END))
+_MARKER = int(RecordKind.MARKER)
+MARKERS_MAX = 1024  # remembered
 
 
 class Secondary:
@@ -69,6 +71,7 @@ class Secondary:
         self.epochs = Epochs(self)
         self.copying = Copying(self)
         self.splitting = Splitting(self)
+        self.markers: dict[str, int] = {}
         self.link = 0  # hop 2
         self.reason = ""
         self._openers: set[int] = set()
@@ -98,7 +101,7 @@ class Secondary:
             return False
         if head.last > self.received:
             self.received = self.state.held = head.last
-        if head.kind >= _CONTROL:
+        if head.kind in _CONTROL:
             self.copying.heard(head, control)
         return True
 
@@ -215,15 +218,30 @@ class Secondary:
             raise ProtocolError("record beyond the credit")
         if head.last <= self.received:
             return []
-        if head.kind >= _CONTROL:
+        if head.kind in _CONTROL:
             self._take_control(head, record)
         elif head.previous != self.received:
             raise SequenceGapError(f"record {head.first} follows {head.previous}, the last one here is {self.received}")
+        if head.kind == _MARKER:
+            self.hear_marker(marker_name(record).decode(errors="replace"), control_number(record))
         self.received = head.last
         self.numbered_seen = max(self.numbered_seen, head.last)
         self._unsynced_bytes += size
         chunk.hold()
         return [Append(head, record, chunk)]
+
+    def hear_marker(self, name: str, number: int) -> None:
+        """A marker is held: until more than it is validated, a takeover can stop there."""
+        if number >= self.validated:
+            self.markers.pop(name, None)
+            self.markers[name] = number
+            while len(self.markers) > MARKERS_MAX:
+                del self.markers[next(iter(self.markers))]
+
+    def marker(self, name: str) -> int:
+        """Where a takeover to this marker would stop; 0 when it is not held, or was passed."""
+        number = self.markers.get(name, 0)
+        return number if self.validated <= number <= self.held else 0
 
     def _take_control(self, head: RecordHead, record: memoryview) -> None:
         """A START may jump over what was never sent here; what it skips is in bitmaps (rule 19)."""

@@ -107,9 +107,10 @@ class Epochs:
         """PROMISE: answered when the promise, and all that is held, are durable."""
         owner, state = self._owner, self._owner.state
         epoch: Epoch = fields["epoch"]
+        marker: str = fields["marker"]
         bound = state.active and not fields["reform"]
         if fields["dry_run"] or bound or epoch.number <= max(state.promised.number, state.epoch.number):
-            return [SyncJournal(owner.later(lambda _: [Send(link, [self._promised()])]))]
+            return [SyncJournal(owner.later(lambda _: [Send(link, [self._promised(marker)])]))]
         self.machine.go("promise")
         state.promised = epoch
         actions: list[Action] = []
@@ -117,14 +118,14 @@ class Epochs:
             actions.append(Close(owner.link, f"promised epoch {epoch}"))
             owner.link = 0
         owner.notes.clear()
-        return [*actions, SyncJournal(owner.later(lambda _: self._save_promise(link, epoch)))]
+        return [*actions, SyncJournal(owner.later(lambda _: self._save_promise(link, epoch, marker)))]
 
-    def _save_promise(self, link: int, epoch: Epoch) -> list[Action]:
+    def _save_promise(self, link: int, epoch: Epoch, marker: str) -> list[Action]:
         owner = self._owner
         owner.state.held = owner.received
-        return [owner.save(lambda _: [Send(link, [self._promised()])] if owner.state.promised == epoch else [])]
+        return [owner.save(lambda _: [Send(link, [self._promised(marker)])] if owner.state.promised == epoch else [])]
 
-    def _promised(self) -> bytes:
+    def _promised(self, marker: str) -> bytes:
         owner, state = self._owner, self._owner.state
         copy = owner.copying.newest
         return encode(
@@ -133,7 +134,8 @@ class Epochs:
             number=state.number, members=state.members, numbered=max(owner.numbered_seen, owner.held),
             direction=state.direction, pair=state.pair, copying=copy is not None,
             copy_from=copy.copy_from if copy else 0, initial=copy is not None and copy.initial,
-            end=copy.end if copy else 0, trusted=owner.trusted(), dirty_bytes=owner.dirty_bytes,
+            end=copy.end if copy else 0, trusted=owner.trusted(), marker=owner.marker(marker),
+            dirty_bytes=owner.dirty_bytes,
         )  # fmt: skip
 
     # stores

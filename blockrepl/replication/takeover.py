@@ -68,6 +68,7 @@ class Takeover:
         dry_run: bool = False,
         force: bool = False,
         writable: bool = True,
+        marker: str = "",
         patience_s: float = 15.0,
     ) -> None:
         self._me = Introduction(group, node, name, LinkRole.OPENER)
@@ -82,6 +83,7 @@ class Takeover:
         self._new_id = new_id
         self._force = force
         self._writable = writable
+        self._marker = marker
         self._patience_s = patience_s
         self._deadline_s = now_s + patience_s
         self._links: dict[int, int] = {}  # link → node
@@ -170,6 +172,8 @@ class Takeover:
         known = [max(w["epoch"].number, w["promised"].number) for w in self._welcomes.values()]
         self._epoch = Epoch(max(known) + 1, self._new_id())
         self._deadline_s = now_s + self._patience_s
+        if self._marker:  # what a drain brings is beyond it
+            return [Event(f"to the marker {self._marker}, without a drain"), *self._promise("promise", now_s)]
         if self.intermediate in self._welcomes:
             self.machine.go("drain")
             text = "asking the intermediate" if self.report.dry_run else "freezing and draining the intermediate"
@@ -178,7 +182,7 @@ class Takeover:
         return actions + self._promise("promise", now_s)
 
     def _ask_promise(self, nodes: list[int]) -> list[Action]:
-        message = encode(Message.PROMISE, 0, epoch=self._epoch, dry_run=self.report.dry_run)
+        message = encode(Message.PROMISE, 0, epoch=self._epoch, dry_run=self.report.dry_run, marker=self._marker)
         return self._to(nodes, message)
 
     def _promise(self, event: str, now_s: float) -> list[Action]:
@@ -269,6 +273,16 @@ class Takeover:
         """
         report, answers = self.report, self._answers
         number = min(answer["held"] for answer in answers.values())
+        if self._marker:
+            numbers = {answer["marker"] for answer in answers.values()}
+            without = [self.names[node] for node, answer in answers.items() if not answer["marker"]]
+            if without or len(numbers) > 1:
+                return (
+                    f'the marker "{self._marker}" is not held by {", ".join(without) or "all alike"}: '
+                    "it never came, or more than it is applied there",
+                    "`takeover` without --to-marker goes to the highest number that all hold",
+                )
+            number = numbers.pop()
         if report.dry_run and report.drained:
             number = max(number, self._intermediate["held"])
         inside = [answer for answer in answers.values() if between(answer, number)]

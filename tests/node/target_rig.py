@@ -228,7 +228,7 @@ class Rig:
     def store(self, link: int, *, truncate: bool, number: int, epoch: Epoch, **more: Any) -> None:
         role = self.role
         self.perform(role.accepted(link, hello(LinkRole.OPENER, S, S), 0.0))
-        fields: dict[str, Any] = {"epoch": epoch, "dry_run": False, "reform": more.get("reform", False)}
+        fields: dict[str, Any] = {"epoch": epoch, "dry_run": False, "marker": "", "reform": more.get("reform", False)}
         self.perform(role.received_message(link, Message.PROMISE, fields, 0, 0.0))
         stored = arrives(Message.STORE, promise=epoch, epoch=epoch, number=number, truncate=truncate, members=[S],
                          dry_run=False, **more)  # fmt: skip

@@ -159,11 +159,11 @@ def takeover_without_promise() -> AbstractContextManager[Any]:
     def promise(self: Epochs, link: int, fields: Any) -> Any:
         state = self._owner.state
         if fields["dry_run"] or state.active or fields["epoch"].number <= state.promised.number:
-            return [Send(link, [self._promised()])]
+            return [Send(link, [self._promised("")])]
         if self.phase.value != "promised":
             self.machine.go("promise")
         state.promised = fields["epoch"]
-        return [Send(link, [self._promised()])]  # neither closed, nor synced, nor saved
+        return [Send(link, [self._promised("")])]  # neither closed, nor synced, nor saved
 
     following = property(lambda self: self.phase.value in ("following", "promised"))
     return all_of(replaced(Epochs, "promise", promise), replaced(Secondary, "following", following))
