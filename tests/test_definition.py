@@ -160,7 +160,7 @@ WRONG = [
     ('journal = "256MiB"', 'journal = "512KiB"', "$.group.journal", "at least 1 MiB", ""),
     ('journal = "256MiB"', 'journal = "8MiB"', "$.group.journal", "too small for 2 primaries", "16777216"),
     ('journal = "256MiB"', "journal = 1048577", "$.group.journal", "no multiple of 4096", "1048576"),
-    ("[group]", '[group]\nmode = "volumes"', "$.group.mode", "not there yet", ""),
+    ("[group]", '[group]\nmode = "images"', "$.group.mode", "unknown value", "journal, volumes"),
     ("[group]", '[group]\nbitmap_block = "3KiB"', "$.group.bitmap_block", "power of two", "64KiB"),
     ("[group]", '[group]\nbitmap_block = "2MiB"', "$.group.bitmap_block", "power of two", "64KiB"),
     ("[group]", '[group]\non_full = "wait"', "$.group.on_full", "unknown value", "suspend, block"),

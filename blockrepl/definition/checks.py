@@ -44,8 +44,6 @@ def _group_problems(definition: Definition) -> Iterator[Problem]:
                 f"{size} bytes are too small for {_primaries(definition)}, whose writes may be 1 MiB long",
                 f'write {key} = "256MiB"; at least {least} bytes',
             )
-    if group.mode != "journal":
-        yield "group.mode", f'the mode "{group.mode}" is not there yet', 'write mode = "journal", or leave it out'
     block = group.bitmap_block
     if not MIN_BITMAP_BLOCK_BYTES <= block <= MAX_BITMAP_BLOCK_BYTES or block & (block - 1):
         text = f"must be a power of two from 4 KiB to 1 MiB, is {block} bytes"
@@ -88,8 +86,9 @@ def _node_problems(definition: Definition) -> Iterator[Problem]:
             yield f"{at}.host", "must be a host name", 'write host = "local" for this machine'
         if node.role != "primary" and node.listen is None:
             yield at, f"the {node.role} {node.name} needs an address for its links", 'write listen = "127.0.0.1:7110"'
-        if node.role == "intermediate" and node.nbd is not None:
-            yield f"{at}.nbd", "an intermediate has no volumes to export", "leave the key nbd out"
+        if node.role == "intermediate" and node.nbd is not None and not definition.volumes_mode:
+            hint = 'leave the key nbd out, or write mode = "volumes" under [group]'
+            yield f"{at}.nbd", "an intermediate in journal mode has no volumes to export", hint
         if node.role == "intermediate" and node.iscsi is not None:
             yield f"{at}.iscsi", "an intermediate has no volumes to publish", "leave the key iscsi out"
         if node.iscsi is not None and not 0 < len(node.iscsi) <= MAX_PORTALS:

@@ -161,6 +161,15 @@ class Definition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             for volume in self.volumes if volume.replicated
         }  # fmt: skip
 
+    def homes(self, direction: int) -> dict[int, int]:
+        """Replicated volume → the target that keeps its copy, by ids."""
+        return self.owners(1 - direction)
+
+    @property
+    def volumes_mode(self) -> bool:
+        """The intermediate keeps an image of every replicated volume too."""
+        return self.group.mode == "volumes"
+
     @property
     def replicated(self) -> bool:
         """True when at least one volume has a secondary; then there is an intermediate."""

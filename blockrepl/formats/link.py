@@ -222,6 +222,7 @@ _bodies: dict[int, Any] = {
         "length_bytes" / Int64ub,
         "blocks" / Int32ub,
         "different" / PrefixedArray(Int32ub, Int64ub),  # offsets of blocks that differ
+        "here" / PrefixedArray(Int32ub, Int64ub),  # I → P: that differ in the intermediate volume only
     ),
     Message.SUSPEND: Struct("pair" / Int8ub, "number" / Int64ub),  # why; the last number given
     Message.RESYNC: Struct(
@@ -300,6 +301,7 @@ DEFAULTS: dict[int, dict[str, Any]] = {
         "copy_from": 0, "split": False,
     },
     Message.HEARTBEAT: {"pair": Pair.PAIR},
+    Message.DIGESTED: {"here": []},
     Message.RESYNC: {"verify": False, "rate_bytes": 0, "forget": False},
     Message.PROMISE: {"reform": False, "marker": ""},
     Message.PROMISED: {

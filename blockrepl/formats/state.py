@@ -69,6 +69,9 @@ _intermediate = Struct(
     "initial" / Flag,
     "excluded" / PrefixedArray(Int16ub, Int16ub),
     "spilled" / PrefixedArray(Int16ub, Struct("node" / Int16ub, "last" / Int64ub)),
+    "volumes" / Flag,
+    "filled" / Flag,
+    "filling" / Flag,
 )
 _secondary = Struct(
     "version" / Const(STATE_VERSION, Int8ub),
@@ -152,6 +155,9 @@ class IntermediateState:
     initial: bool = False
     excluded: list[int] = field(default_factory=list)  # primaries known to be dead
     spilled: list[tuple[int, int]] = field(default_factory=list)  # (primary, its records up to it lie beside the ring)
+    volumes: bool = False  # volumes mode, when it last ran
+    filled: bool = False  # the intermediate volumes lack nothing but what bits of primaries say
+    filling: bool = False  # the resync under way compares all of them
 
 
 @dataclass(slots=True)

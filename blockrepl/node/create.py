@@ -21,7 +21,7 @@ from blockrepl.formats.state import (
 )
 from blockrepl.node.bitmaps import bitmap_identity, bitmap_path, bitmapped
 from blockrepl.storage.bitmap_file import BitmapFile
-from blockrepl.storage.image import ImageFile, ImageIdentity, holds_data, identity_path
+from blockrepl.storage.image import ImageFile, ImageIdentity, holds_data, identity_path, write_durably
 from blockrepl.storage.journal_file import JournalFile
 from blockrepl.storage.slot_file import SlotFile
 from blockrepl.storage.slots import Identity
@@ -29,6 +29,7 @@ from blockrepl.storage.slots import Identity
 STATE_NAME = "state"
 JOURNAL_NAME = "journal"
 UNDO_NAME = "undo"  # a target's way back from a copy; made by itself
+UNFILLED_NAME = "unfilled"  # a note: an intermediate's images are younger than its journal
 
 
 def journal_identity(definition: Definition, node: Node) -> Identity:
@@ -55,6 +56,9 @@ def image_path(node: Node, volume: Volume) -> Path:
 
 def images_of(definition: Definition, node: Node) -> list[tuple[Volume, Side]]:
     """The images that belong on a node."""
+    if node.role == "intermediate":
+        kept = definition.volumes if definition.volumes_mode else ()
+        return [(volume, Side.INTERMEDIATE) for volume in kept if volume.replicated]
     return [
         (volume, Side.PRIMARY if volume.primary == node.name else Side.SECONDARY)
         for volume in definition.volumes_at(node.name)
@@ -73,6 +77,8 @@ def state_files(definition: Definition, node: Node) -> list[Path]:
 def create(definition: Definition, node: Node, *, adopt: bool = False) -> list[str]:
     """Make everything of one node, or nothing. Returns the volumes whose images were adopted.
 
+    Beside an intermediate's journal: the images of volumes mode, when its mode was changed.
+
     ``adopt``: P-VOL images that hold data are taken as they are; their group is suspended (PSUE) until `pair create`
     has copied them. Raises UsageError (it exists, or an image holds data), IdentityError, NoSpaceError, StorageError.
     """
@@ -81,11 +87,15 @@ def create(definition: Definition, node: Node, *, adopt: bool = False) -> list[s
     except OSError as error:
         raise StorageError(f"cannot make {node.directory}: {error.strerror}") from error
     wanted = state_files(definition, node)
+    if _lacks_images(definition, node, wanted):
+        _add_images(definition, node)
+        return []
     for path in wanted:
         if path.exists():
             raise UsageError(f"{path} exists already", hint="`blockrepl create` never overwrites; move it away first")
     adopted = _adopted(definition, node) if adopt else []
     made: list[Path] = []
+    filled = definition.volumes_mode
     try:
         for volume in bitmapped(definition, node):
             path = bitmap_path(node, volume)
@@ -97,8 +107,11 @@ def create(definition: Definition, node: Node, *, adopt: bool = False) -> list[s
             who = image_identity(definition, volume, node, side)
             if ImageFile.create(path, who, adopt=volume.name in adopted):
                 made += [identity_path(path)] if existed else [path, identity_path(path)]
+            else:
+                filled = False  # it was there: of an older intermediate
         for path in wanted:
-            _create_state(definition, node, path, suspended=bool(_replicated(definition, adopted)))
+            suspended = bool(_replicated(definition, adopted))
+            _create_state(definition, node, path, suspended=suspended, filled=filled)
             made.append(path)
     except BaseException:
         for path in made:
@@ -133,13 +146,27 @@ def _bits(definition: Definition, volume: Volume, adopted: list[str]) -> Bitmap 
     return bitmap
 
 
-def _create_state(definition: Definition, node: Node, path: Path, *, suspended: bool) -> None:
+def _lacks_images(definition: Definition, node: Node, wanted: list[Path]) -> bool:
+    """Whether an intermediate has everything but the images that its mode wants: the mode was changed."""
+    if node.role != "intermediate" or not all(path.exists() for path in wanted):
+        return False
+    return any(not image_path(node, volume).exists() for volume, _ in images_of(definition, node))
+
+
+def _add_images(definition: Definition, node: Node) -> None:
+    """The note first: the intermediate must know that they are empty (see `own_images`)."""
+    write_durably(node.directory / UNFILLED_NAME, b"made by create beside an older journal\n")
+    for volume, side in images_of(definition, node):
+        ImageFile.create(image_path(node, volume), image_identity(definition, volume, node, side))
+
+
+def _create_state(definition: Definition, node: Node, path: Path, *, suspended: bool, filled: bool) -> None:
     group = definition.group
     if path.name == STATE_NAME:
         state = PrimaryState(suspended=int(Pair.PSUE), alone=group.fence == "never") if suspended else PrimaryState()
         SlotFile.create(path, state_identity(definition, node), encode_primary(state))
     elif node.role == "intermediate":
-        blob = encode_intermediate(IntermediateState())
+        blob = encode_intermediate(IntermediateState(volumes=definition.volumes_mode, filled=filled))
         JournalFile.create(path, journal_identity(definition, node), int(group.journal), blob)
     else:
         source = node.role == "primary"

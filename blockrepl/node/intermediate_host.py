@@ -98,6 +98,7 @@ class IntermediateHost(Host):
         if volumes is not None:
             volumes.on_failed = self.fail
             volumes.perform = self.perform
+            volumes.settle = self.settle
         self._performers |= {
             Append: self._append,
             SaveState: self._save,
@@ -183,6 +184,8 @@ class IntermediateHost(Host):
     # journal
 
     def _append(self, action: Append) -> None:
+        if self.volumes is not None:
+            self.volumes.appended(action.head, action.record)
         if self._unfit or not self.journal.journal.fits(action.head.size_bytes):
             self._unfit.append(action)
             return
@@ -199,8 +202,6 @@ class IntermediateHost(Host):
             self._failed(error)
             return
         self._dirty = True
-        if self.volumes is not None:
-            self.volumes.appended(head, action.record)
         self._undurable.append(Kept(head, action.record, action.chunk, frame_bytes(head.size_bytes), position))
 
     def _durable(self, position: int) -> None:
@@ -211,8 +212,11 @@ class IntermediateHost(Host):
             last = kept.head.last
             if self.volumes is not None:
                 self.volumes.durable(kept.head, kept.record)
-            cache[kept.head.stream].append(kept)
-            self._cache_bytes += kept.frame_bytes
+            if kept.head.stream in cache:
+                cache[kept.head.stream].append(kept)
+                self._cache_bytes += kept.frame_bytes
+            else:  # for the intermediate volumes only
+                kept.chunk.release()
         if last:
             self.perform(self.role.durable(last, self.clock.now_s()))
             if self._cache_bytes > CACHE_BYTES:
@@ -222,6 +226,8 @@ class IntermediateHost(Host):
         marks, self._marks = self._marks, []
         for action in marks:
             self._mark_journal(action)
+        if self.volumes is not None:
+            self.volumes.copy_more()
         self.settle()
 
     def _put_unfit(self) -> None:
@@ -282,7 +288,7 @@ class IntermediateHost(Host):
         never = INFINITY
         frames = [
             frame for frame in self.journal.journal.frames()
-            if frame.kind == FrameKind.RECORD and frame.last <= action.through
+            if frame.kind == FrameKind.RECORD and frame.last <= action.through and frame.stream != self.role.node
             and (frame.last > action.after or frame.last > action.checkpoints.get(frame.sender, never))
         ]  # fmt: skip
 

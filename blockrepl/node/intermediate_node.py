@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from blockrepl.chunks import Chunk
 from blockrepl.definition import Definition, Node
-from blockrepl.errors import ProtocolError, UsageError
+from blockrepl.errors import ProtocolError, StorageError, UsageError
 from blockrepl.formats.link import Message
-from blockrepl.formats.state import decode_intermediate, encode_intermediate
+from blockrepl.formats.state import IntermediateState, decode_intermediate, encode_intermediate
 from blockrepl.node.asyncio_ports import log_event
 from blockrepl.node.base import NodeBase, epoch_json, history_json, policy_of, save_last
 from blockrepl.node.bitmap_report import bitmap_report
@@ -19,9 +20,12 @@ from blockrepl.node.bitmaps import NodeBitmaps
 from blockrepl.node.control import Handler, Progress
 from blockrepl.node.create import JOURNAL_NAME, journal_identity
 from blockrepl.node.intermediate_host import IntermediateHost
+from blockrepl.node.intermediate_volumes import IntermediateVolumes
 from blockrepl.node.journal_reading import JournalReading
 from blockrepl.node.lag import LagMeter
 from blockrepl.node.links import Dialler, Listener
+from blockrepl.node.own_images import OwnImages
+from blockrepl.node.ports import Image
 from blockrepl.replication.actions import Action
 from blockrepl.replication.intermediate import Intermediate
 from blockrepl.replication.opening import Phase
@@ -38,6 +42,8 @@ class IntermediateNode(NodeBase):
         super().__init__(definition, node)
         self.links.router = self
         self._bitmaps = NodeBitmaps.open(definition, node, self.disk)
+        self._own = OwnImages(definition, node, self.disk, self.pool)
+        self._published: asyncio.Task[None] | None = None
         self._round_timer: asyncio.TimerHandle | None = None
         self._listener = Listener(self.links)
         self._diallers: list[Dialler] = []
@@ -57,23 +63,44 @@ class IntermediateNode(NodeBase):
         for sender, through in state.spilled:
             self._spills.load(sender, through)
         state.incarnation += 1
-        role = Intermediate(
+        self._own.settle_mode(state)
+        role = self._role(state, alone=alone)
+        reading.tell_intermediate(role)
+        log_event(f"journal recovered: {len(reading.heads)} records, up to {role.numbered}", {})
+        host = self._host(role, journal)
+        if host.volumes is not None:
+            try:
+                host.volumes.recover()
+            except OSError as error:
+                raise StorageError(f"cannot store what the journal holds in an intermediate volume: {error}") from error
+        return host
+
+    def _role(self, state: IntermediateState, *, alone: bool = False) -> Intermediate:
+        definition, direction = self.definition, state.direction
+        return Intermediate(
             group=definition.group_id.bytes,
-            node=node.id,
-            name=node.name,
-            primaries=[each.id for each in definition.sources(state.direction)],
-            secondaries=[each.id for each in definition.targets(state.direction)],
+            node=self.node.id,
+            name=self.node.name,
+            primaries=[each.id for each in definition.sources(direction)],
+            secondaries=[each.id for each in definition.targets(direction)],
             state=state,
             policy=policy_of(definition),
             new_id=lambda: os.urandom(16),
             alone=alone,
             bitmaps=self._bitmaps.bitmaps,
-            owners=definition.owners(state.direction),
+            owners=definition.owners(direction),
+            homes=definition.homes(direction),
+            local_source=definition.volumes_mode,
         )
-        reading.tell_intermediate(role)
-        log_event(f"journal recovered: {len(reading.heads)} records, up to {role.numbered}", {})
+
+    def _host(self, role: Intermediate, journal: JournalFile) -> IntermediateHost:
+        volumes = None
+        if self._own.kept:
+            images: Mapping[int, Image] = self._own.images
+            volumes = IntermediateVolumes(role, journal, images, self.disk, self.clock, self.workers)
         return IntermediateHost(
-            role, journal, self._bitmaps.save, self.links, self.clock, self.workers, log_event, spills=self._spills
+            role, journal, self._bitmaps.save, self.links, self.clock, self.workers, log_event, volumes,
+            spills=self._spills,
         )  # fmt: skip
 
     def _adopt(self, host: IntermediateHost) -> None:
@@ -94,22 +121,9 @@ class IntermediateNode(NodeBase):
         for dialler in diallers:
             await dialler.close()
         self.links.close_all()
-        definition, node = self.definition, self.node
-        state = decode_intermediate(encode_intermediate(old.role.durable_state()))
-        role = Intermediate(
-            group=definition.group_id.bytes, node=node.id, name=node.name,
-            primaries=[each.id for each in definition.sources(state.direction)],
-            secondaries=[each.id for each in definition.targets(state.direction)],
-            state=state, policy=old.role.policy, new_id=lambda: os.urandom(16), bitmaps=self._bitmaps.bitmaps,
-            owners=definition.owners(state.direction),
-        )  # fmt: skip
+        role = self._role(decode_intermediate(encode_intermediate(old.role.durable_state())))
         role.start()
-        self._adopt(
-            IntermediateHost(
-                role, old.journal, self._bitmaps.save, self.links, self.clock, self.workers, log_event,
-                spills=self._spills,
-            )
-        )  # fmt: skip
+        self._adopt(self._host(role, old.journal))
         self._dial()
 
     # life
@@ -119,12 +133,14 @@ class IntermediateNode(NodeBase):
         state = encode_intermediate(self.host.role.durable_state())
         self.host.journal.save(state, done=lambda: durable.set_result(None))  # our incarnation
         await durable
+        self._own.mode_is_stored()
         address = self.node.address
         try:
             self._listener.listen(address.host, address.port)
         except OSError as error:
             raise UsageError(f"cannot listen on {address}: {error.strerror}", hint="is the port taken?") from error
         self._dial()
+        await self._own.listen()
 
     def _dial(self) -> None:
         for peer in self.definition.targets(self.host.role.state.direction):
@@ -133,6 +149,9 @@ class IntermediateNode(NodeBase):
 
     async def close(self) -> None:
         self._listener.close()
+        if self._published is not None:
+            await self._published
+        await self._own.close()
         if self._round_timer is not None:
             self._round_timer.cancel()
         await asyncio.gather(*(dialler.close() for dialler in self._diallers))
@@ -148,8 +167,16 @@ class IntermediateNode(NodeBase):
             self.loop.create_task(self._rebuild())
             return
         self.host.tick()
+        self._publish()
         for stream in self.host.role.streams.by_node.values():
             self._lags[stream.node].sample(stream.last, stream.total_writes, stream.total_bytes, now_s)
+
+    def _publish(self) -> None:
+        """Hosts may look at the intermediate volumes while they are whole."""
+        filled = self.host.role.state.filled and self.host.role.phase is not Phase.FAILED
+        idle = self._published is None or self._published.done()
+        if idle and not self._own.is_published(filled=filled):
+            self._published = self.loop.create_task(self._own.publish(filled=filled))
 
     def _arm(self, due_s: float) -> None:
         """A prepare round is due at ``due_s``: wake up for it."""
@@ -194,6 +221,7 @@ class IntermediateNode(NodeBase):
 
     def handlers(self) -> dict[str, Handler]:
         return {
+            **self._own.handlers(),
             "pair_split": self._split, "pair_resync": self._resync, "pair_create": self._create,
             "pair_delete": self._delete, "exclude": self._exclude, "include": self._include, "bitmap": self._bitmap,
             "marker_put": self._put_marker, "marker": self._marker,
@@ -273,17 +301,28 @@ class IntermediateNode(NodeBase):
             "pair_reason": role.pairing.reason,
             "direction": role.state.direction,
             "suspended_at": role.pairing.suspended_at if role.state.limited else None,
-            "resync": {"id": role.state.start, "verify": role.state.verify, "step": role.pairing.step.value}
-            if role.state.start
-            else None,
+            "resync": self._resync_row(),
             "out_of_sync_bytes": {"hop2": role.pairing.out_of_sync_bytes()},
             "excluded": [each.name for each in self.definition.nodes if each.id in role.state.excluded],
             "valid_counter": role.streams.valid_counter,
-            "volumes": [],
+            "volumes": self._own.rows(role.state),
+            "sessions": self._own.sessions(),
             "peers": [self._primary_row(node) for node in self.definition.sources(role.state.direction)]
             + [self._secondary_row(node) for node in self.definition.targets(role.state.direction)],
             "history": history_json(role.state.history),
             "journal": {"size_bytes": journal.ring_bytes, "used_bytes": journal.used_bytes},
+        }  # fmt: skip
+
+    def _resync_row(self) -> dict[str, Any] | None:
+        """With what is copied from the intermediate volumes; what primaries copy, they say themselves."""
+        state, pairing, volumes = self.host.role.state, self.host.role.pairing, self.host.volumes
+        if not state.start:
+            return None
+        own = volumes if pairing.copies_here else None
+        return {
+            "id": state.start, "verify": state.verify, "step": pairing.step.value,
+            "copied_bytes": own.copied_bytes if own is not None else 0,
+            "total_bytes": own.total_bytes if own is not None else 0,
         }  # fmt: skip
 
     def _primary_row(self, node: Node) -> dict[str, Any]:

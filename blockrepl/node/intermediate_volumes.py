@@ -12,6 +12,7 @@ from typing import Any
 
 from blockrepl.formats.journal import FrameKind
 from blockrepl.formats.record import RecordHead, RecordKind, decode_head, iterate_entries
+from blockrepl.node.digests import digest_range
 from blockrepl.node.ports import Clock, Disk, Image, Workers
 from blockrepl.node.store import store_record
 from blockrepl.node.volume_sync import VolumeSync
@@ -23,7 +24,7 @@ AHEAD_BYTES = 4 << 20  # copied and not durable yet, at most
 
 
 class IntermediateVolumes:
-    """The images of an intermediate. ``images`` is empty in journal mode: then nothing is done here.
+    """The images of an intermediate. The owner sets the callbacks.
 
     Invariants: every record up to `stored_through` is durable in its image; a block is copied at a moment when every
     numbered record that touches it is in its image.
@@ -33,15 +34,19 @@ class IntermediateVolumes:
         self, role: Intermediate, journal: JournalFile, images: Mapping[int, Image], disk: Disk, clock: Clock,
         workers: Workers,
     ) -> None:  # fmt: skip
+        """The role has been told of what the journal holds; `recover` comes before anything else."""
         self.images = images
         self.stored_through = 0
+        self.copied_bytes = self.total_bytes = 0  # of the resync worked on, or the last one
         self.on_failed: Callable[[str], None] = lambda _reason: None
         self.perform: Callable[[list[Any]], None] = lambda _actions: None
+        self.settle: Callable[[], None] = lambda: None
         self._role = role
         self._journal = journal
         self._clock = clock
         self._sync = VolumeSync(images, disk, workers)
         self._workers = workers
+        self._seen = role.numbered  # every record up to it is stored or in `_undurable`
         self._applied = 0
         self._unsynced_bytes = 0
         self._syncing = False
@@ -53,12 +58,12 @@ class IntermediateVolumes:
         self._reading = False
         self._budget_bytes = 0.0
         self._budget_s = 0.0
-        self.copied_bytes = 0
 
     def recover(self) -> None:
-        """Store again what the ring holds: it holds everything that may not be durable in the images. Blocks."""
-        if not self.images:
-            return
+        """Store again what the ring holds: it holds everything that may not be durable in the images. Blocks.
+
+        Raises OSError, StorageError.
+        """
         for frame in self._journal.journal.frames():
             if frame.kind == FrameKind.RECORD:
                 record = memoryview(self._journal.read(frame.body_offset, frame.body_bytes))
@@ -68,33 +73,53 @@ class IntermediateVolumes:
 
     def appended(self, head: RecordHead, record: memoryview) -> None:
         """A record was numbered; it is in no image yet."""
-        if head.kind != RecordKind.UPDATE:
-            return
-        for volume, _, _, offset, length, _ in iterate_entries(head, record):
-            self._undurable.append((head.last, volume, offset, offset + length))
+        self._seen = head.last
+        if head.kind == RecordKind.UPDATE:
+            for volume, _, _, offset, length, _ in iterate_entries(head, record):
+                self._undurable.append((head.last, volume, offset, offset + length))
 
     def durable(self, head: RecordHead, record: memoryview) -> None:
-        """A record is durable in the journal: into the images with it."""
-        self._store(head, record)
-        while self._undurable and self._undurable[0][0] <= head.last:
-            self._undurable.popleft()
-
-    def _store(self, head: RecordHead, record: memoryview) -> None:
-        self._applied = head.last
-        if head.kind != RecordKind.UPDATE:
-            return
+        """A record is durable in the journal: into the images with it, or compared with them."""
         try:
-            self._sync.touch(store_record(self.images, head, record))
+            self._store(head, record)
         except OSError as error:
             self.on_failed(f"cannot store record {head.first} in an intermediate volume: {error}")
-        self._unsynced_bytes += head.size_bytes
+            return
+        while self._undurable and self._undurable[0][0] <= head.last:
+            self._undurable.popleft()
+        if head.kind == RecordKind.DIGEST:
+            self._compare(head, record)
+
+    def _store(self, head: RecordHead, record: memoryview) -> None:
+        if head.kind == RecordKind.UPDATE:
+            self._sync.touch(store_record(self.images, head, record))
+            self._unsynced_bytes += head.size_bytes
+        self._applied = head.last
+
+    def _compare(self, head: RecordHead, record: memoryview) -> None:
+        """By a worker, while later records are stored: a block that one of them touches may seem to differ and is
+        copied for nothing, but none that differs can seem to be the same."""
+        theirs = [(entry[3], bytes(entry[5] or b"")) for entry in iterate_entries(head, record)]
+        volume, _, _, start, block_bytes, _ = next(iterate_entries(head, record))
+        length = sum(entry[4] for entry in iterate_entries(head, record))
+        self._role.comparing.asked(head.last)
+        number, image = head.last, self.images[volume]
+
+        def compared(ours: Any, error: Exception | None) -> None:
+            if error is not None:
+                self.on_failed(f"cannot read an intermediate volume: {error}")
+                return
+            different = [at for (at, wanted), own in zip(theirs, ours, strict=True) if wanted != own]
+            self.perform(self._role.compared(number, different))
+            self.settle()
+
+        self._workers.run(lambda: digest_range(image, start, length, block_bytes), compared)
 
     def tick(self, now_s: float) -> None:
         """Make the images durable now and then; copy."""
-        if not self.images:
-            return
         policy = self._role.policy
         due = now_s - self._synced_s >= policy.checkpoint_s or self._unsynced_bytes >= policy.checkpoint_bytes
+        due = due or self._role.pairing.high_water
         if due and not self._syncing and self._applied > self.stored_through:
             self._syncing, self._synced_s, self._unsynced_bytes = True, now_s, 0
             self.sync(lambda: None)
@@ -117,21 +142,20 @@ class IntermediateVolumes:
     # copying
 
     def begin_copy(self, resync: int) -> None:
-        """Copy what the hop-2 bitmaps say, for this resync."""
+        """Copy what the hop-2 bitmaps say, for this resync; `copy_more` does it."""
+        todo = [
+            (volume, first * bitmap.block_bytes, min(bitmap.size_bytes, (first + count) * bitmap.block_bytes))
+            for volume, bitmap in self._role.pairing.bitmaps.items()
+            for first, count in bitmap.runs(most=max(1, COPY_BYTES // bitmap.block_bytes))
+        ]
         self._copy, self.copied_bytes = resync, 0
+        self.total_bytes = sum(end - start for _, start, end in todo)
         self._budget_s, self._budget_bytes = self._clock.now_s(), 0.0
-        self._todo = iter(
-            [
-                (volume, first * bitmap.block_bytes, min(bitmap.size_bytes, (first + count) * bitmap.block_bytes))
-                for volume, bitmap in self._role.pairing.bitmaps.items()
-                for first, count in bitmap.runs(most=max(1, COPY_BYTES // bitmap.block_bytes))
-            ]
-        )
+        self._todo = iter(todo)
         self._next = next(self._todo, None)
-        self.copy_more()
 
     def copy_more(self) -> None:
-        """As much as rate, journal and what is in flight allow."""
+        """As much as rate, journal and what is in flight allow. Called at each tick, and when records are durable."""
         role = self._role
         while self._todo is not None and not self._reading:
             if role.pairing.resync_id != self._copy or not role.pairing.copying:
@@ -142,8 +166,8 @@ class IntermediateVolumes:
                 self.perform(role.pairing.own_copied(self._copy))
                 return
             volume, start, end = self._next
-            if not self._may_copy(end - start) or self._in_flight(volume, start, end):
-                return  # the next tick, or the next record that is durable
+            if self._seen != role.numbered or self._in_flight(volume, start, end) or not self._may_copy(end - start):
+                return
             data = bytearray(end - start)
             image = self.images[volume]
             try:
@@ -153,9 +177,14 @@ class IntermediateVolumes:
             except OSError as error:
                 self.on_failed(f"cannot read an intermediate volume: {error}")
                 return
-            self._next = next(self._todo, None)
-            self.copied_bytes += len(data)
-            self.perform(role.own_copy(volume, start, data))
+            self._send(volume, start, data)
+
+    def _send(self, volume: int, start: int, data: bytearray) -> None:
+        assert self._todo is not None
+        self._next = next(self._todo, None)
+        self.copied_bytes += len(data)
+        self._budget_bytes -= len(data)
+        self.perform(self._role.own_copy(volume, start, data))
 
     def _may_copy(self, size_bytes: int) -> bool:
         role = self._role
@@ -168,7 +197,6 @@ class IntermediateVolumes:
             self._budget_s = now_s
             if self._budget_bytes < min(size_bytes, rate):
                 return False
-            self._budget_bytes -= size_bytes
         return role.undurable_bytes < AHEAD_BYTES
 
     def _in_flight(self, volume: int, start: int, end: int) -> bool:
@@ -183,24 +211,26 @@ class IntermediateVolumes:
             self._reading = False
             if error is not None:
                 self.on_failed(f"cannot read an intermediate volume: {error}")
-            else:
-                self._force(image, start, data)
+                return
+            self._read_again(image, start, data)
+            self.copy_more()
+            self.settle()
 
         self._workers.run(lambda: image.read(start, memoryview(data)), fetched)
 
-    def _force(self, image: Image, start: int, data: bytearray) -> None:
-        """Just read: if it is gone from the page cache again, this blocks for one block."""
-        if self._todo is None or self._next is None:
+    def _read_again(self, image: Image, start: int, data: bytearray) -> None:
+        """Just read: if it is gone from the page cache again, this blocks for one copy."""
+        role = self._role
+        if self._todo is None or self._next is None or role.pairing.resync_id != self._copy:
             return
         volume, first, end = self._next
-        if first != start or self._in_flight(volume, first, end):
+        if first != start or self.images[volume] is not image or self._seen != role.numbered:
+            return
+        if self._in_flight(volume, first, end) or not role.pairing.copying:
             return
         try:
             image.read(start, memoryview(data))
         except OSError as error:
             self.on_failed(f"cannot read an intermediate volume: {error}")
             return
-        self._next = next(self._todo, None)
-        self.copied_bytes += len(data)
-        self.perform(self._role.own_copy(volume, start, data))
-        self.copy_more()
+        self._send(volume, start, data)

@@ -7,7 +7,7 @@ old copy can never overwrite a newer update.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from blockrepl.bitmap import Bitmap
 
@@ -43,6 +43,7 @@ class Copier:
         self.compared_bytes = 0
         self._bitmaps = bitmaps
         self._found: deque[Range] = deque()  # differences
+        self._here: set[tuple[int, int]] = set()  # (volume, start) of those that only the intermediate volume lacks
         self._flying: deque[Range] = deque()  # handed out and not acknowledged, in order
         self._digests: dict[tuple[int, int], tuple[int, float]] = {}  # (volume, start) → end, when asked; no answer yet
         self._again: deque[Range] = deque()  # digests to be asked again
@@ -127,17 +128,28 @@ class Copier:
         self._budget_s = now_s
         return self._budget_bytes > 0
 
-    def compared(self, volume: int, start: int, different: list[int], block_bytes: int) -> bool:
-        """The secondary has compared a range. False: it was not asked for by this resync."""
+    def compared(
+        self, volume: int, start: int, different: list[int], block_bytes: int, *, here: Sequence[int] = ()
+    ) -> bool:
+        """The secondary has compared a range, and the intermediate (``here``: what differs there only).
+
+        False: it was not asked for by this resync.
+        """
         asked = self._digests.pop((volume, start), None)
         if asked is None:
             return False
         end = asked[0]
         self.compared_bytes += end - start
         size_bytes = self._bitmaps[volume].size_bytes
-        for offset in different:
+        self._here.difference_update((volume, offset) for offset in different)
+        self._here.update((volume, offset) for offset in here)
+        for offset in (*different, *here):
             self._found.append((volume, offset, min(offset + block_bytes, size_bytes)))
         return True
+
+    def is_here(self, volume: int, start: int) -> bool:
+        """Whether a copy is for the intermediate volume only."""
+        return (volume, start) in self._here
 
     def acknowledged(self, volume: int, start: int) -> None:
         """A copy is durable in the journal."""

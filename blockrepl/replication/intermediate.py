@@ -37,6 +37,7 @@ from blockrepl.formats.record import (
 )
 from blockrepl.formats.state import IntermediateState
 from blockrepl.replication.actions import Action, Append, Close, DropSpill, Event, Replay, SaveState, Send, Spill
+from blockrepl.replication.comparing import Comparing
 from blockrepl.replication.greeting import Introduction, Problem, refused
 from blockrepl.replication.hop1 import Sender, Senders
 from blockrepl.replication.opening import Opening, Phase
@@ -95,7 +96,9 @@ class Intermediate:
         self.opening = Opening(self, new_id, alone=alone)
         self.markers: dict[str, int] = {}  # name → number, of the newest; for those who wait for them
         self.pairing = Pairing(self, bitmaps or {}, owners or {}, local_source=local_source)
+        self.comparing = Comparing(local=local_source)
         self._homes = homes or {}
+        self._here = Stream(node)  # records that are for the intermediate volumes only: sent to nobody
         self.undurable_bytes = 0  # of its own records
         self._own = Sender(node)  # of the records that the intermediate makes itself
         self._waiting: deque[tuple[int, RecordHead, Chunk, int, int, int]] = deque()  # batches not numbered yet
@@ -121,7 +124,7 @@ class Intermediate:
             self.pairing.recovered(head)
         else:
             self.senders.recovered(head.sender, head.incarnation, head.batch, head.last)
-        stream = self.streams.by_node[head.stream]
+        stream = self._here if head.stream == self.node else self.streams.by_node[head.stream]
         stream.last = stream.durable = head.last
 
     def start(self) -> None:
@@ -297,7 +300,9 @@ class Intermediate:
             raise ProtocolError(f"batch of node {head.sender}, incarnation {head.incarnation}, on another's link")
         stream = self.streams.by_node.get(head.stream)
         if stream is None:
-            raise ProtocolError(f"node {head.stream} is no secondary of this group")
+            if head.stream != self.node or not head.flags & RecordFlag.COPY:
+                raise ProtocolError(f"node {head.stream} is no secondary of this group")
+            stream = self._here
         if self.opening.phase is not Phase.SERVING:
             # It would never be sent again on this link. The next one is welcomed when production goes on.
             return [Close(link, f"nothing is numbered now: {self.opening.reason or self.opening.phase.value}")]
@@ -423,8 +428,9 @@ class Intermediate:
             if incarnation == sender.incarnation:
                 sender.durable_batch = batch
             touched[sender.node] = sender
-            streams.durable(stream_node, last, size)
-            fed.add(stream_node)
+            if stream_node != self.node:
+                streams.durable(stream_node, last, size)
+                fed.add(stream_node)
         actions: list[Action] = []
         for sender in touched.values():
             actions += self._acknowledge(sender)
@@ -547,11 +553,19 @@ class Intermediate:
         if kind == Message.REJOINED:
             return self.pairing.rejoined(node, now_s)
         if kind == Message.DIGESTED:
-            sender = self.senders.by_node.get(fields["sender"])
-            if sender is None or not sender.live:
-                return []
-            return [Send(sender.link, [encode(Message.DIGESTED, self.state.epoch.number, **fields)])]
+            return self._digested(self.comparing.answered(fields))
         raise ProtocolError(f"{Message(kind).name} does not belong on a secondary's link")
+
+    def compared(self, number: int, different: list[int] | None) -> list[Action]:
+        """Volumes mode: a digest record was compared with the intermediate volume; None: nobody knows."""
+        return self._digested(self.comparing.compared(number, different))
+
+    def _digested(self, answer: dict[str, Any] | None) -> list[Action]:
+        """On to the primary that asked."""
+        sender = self.senders.by_node.get(answer["sender"]) if answer is not None else None
+        if answer is None or sender is None or not sender.live:
+            return []
+        return [Send(sender.link, [encode(Message.DIGESTED, self.state.epoch.number, **answer)])]
 
     def _secondary_beat(self, link: int, fields: dict[str, Any]) -> list[Action]:
         stream = self.streams.by_link.get(link)

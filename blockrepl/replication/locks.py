@@ -20,7 +20,10 @@ class Purpose(Enum):
     DIGEST = "digest"  # of a resync that trusts no bitmap
     COPY = "copy"
     METADATA = "metadata"  # what front ends keep with the volume; its writes touch offset 0
+    COPY_HERE = "copy for the intermediate volume only"
 
+
+COPIES = frozenset({Purpose.COPY, Purpose.COPY_HERE})
 
 Lock = tuple[Purpose, int, int, int]
 """(purpose, volume, start, end) in bytes."""

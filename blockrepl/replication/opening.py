@@ -354,6 +354,9 @@ class Opening:
                 return []
             if state.epoch.number:
                 state.history.append((state.epoch, owner.numbered))
+            else:  # new: what the group had before it is not in its volumes
+                state.filled = False
+            state.filling = False
             state.epoch, state.direction = fields["epoch"], fields["direction"]
             state.pair, state.numbering, state.limited, state.auto = int(Pair.PSUE), False, False, True
             state.at = state.validated = fields["number"]

@@ -160,11 +160,11 @@ class Pairing:
 
     @property
     def copies_here(self) -> bool:
-        """Volumes mode, and hop 2 alone was suspended: what it missed is copied from the intermediate's own volumes.
+        """Volumes mode, and hop 2 was suspended: what it missed is copied from the intermediate's own volumes.
 
-        After a reform those are history: then the sources copy, as in journal mode.
+        Not before those are whole; and after a reform they are history: then the sources copy, as in journal mode.
         """
-        return self.local_source and any(skip for _, skip in self._starts)
+        return self.local_source and self._owner.state.filled and any(skip for _, skip in self._starts)
 
     @property
     def copying(self) -> bool:
@@ -260,7 +260,8 @@ class Pairing:
                 hint="compare everything, copy what differs: blockrepl pair resync --verify",
             )
         state = self._owner.state
-        state.verify, state.initial = verify, initial or state.initial or (not state.at and state.pair == Pair.PSUE)
+        state.verify = verify or (state.start > 0 and state.verify)  # one that has not ended is not done
+        state.initial = initial or state.initial or (not state.at and state.pair == Pair.PSUE)
         self.rate_bytes, self._forget = rate_bytes, forget
         return self._begin(now_s)
 
@@ -413,6 +414,8 @@ class Pairing:
             state.at = self.suspended_at if state.limited else owner.numbered
         state.start = owner.numbered + 1
         state.pair, state.numbering, state.auto, state.end, state.starts = int(Pair.COPY), True, False, 0, []
+        if state.verify:  # whole again at its end, when all of them were compared
+            state.filled, state.filling = False, self.local_source
         self._starts = []
         self._copied.clear()
         self._own_copied = False
@@ -494,6 +497,8 @@ class Pairing:
         if away or (self.copies_here and not self._own_copied):
             return []
         self.machine.go("copied")
+        if state.excluded:  # its volumes were not compared
+            state.filling = False
         actions: list[Action] = [
             owner.control(RecordKind.END, stream, state.start, 0) for stream in owner.streams.by_node.values()
         ]
@@ -523,6 +528,8 @@ class Pairing:
         keep = state.limited or state.pair == Pair.SMPL  # suspended again: new bits are among them
         state.start = state.end = 0
         state.initial = state.verify = False
+        if state.filling:
+            state.filled, state.filling = True, False
         self._starts, owner.streams.skips = [], {}
         if state.pair == Pair.COPY:
             state.pair, state.at, self.reason = int(Pair.PAIR), 0, ""

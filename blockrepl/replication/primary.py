@@ -50,7 +50,7 @@ from blockrepl.replication.actions import (
 )
 from blockrepl.replication.alone import SoloWrites, Unconfirmed
 from blockrepl.replication.greeting import Introduction
-from blockrepl.replication.locks import Purpose, RangeLocks
+from blockrepl.replication.locks import COPIES, Purpose, RangeLocks
 from blockrepl.replication.machine import Machine
 from blockrepl.replication.pending import PendingQueue, PendingRecord
 from blockrepl.replication.policy import Policy
@@ -602,7 +602,7 @@ class Primary:
         """Ranges that no write in flight touches are read now; later writes to them wait."""
         actions: list[Action] = []
         for token, (purpose, volume, start, end) in self.locks.ready():
-            if purpose is Purpose.COPY:
+            if purpose in COPIES:
                 actions.append(ReadBlocks(volume, start, end - start, token))
             elif purpose is Purpose.METADATA:
                 actions.append(ReadMetadata(volume, token))
@@ -640,10 +640,11 @@ class Primary:
 
     def blocks_read(self, token: int, data: bytes | bytearray, now_s: float) -> list[Action]:
         """A locked range is read: it travels as a COPY record; zeroes travel as such."""
-        _, volume, start, _ = self.locks.release(token)
+        purpose, volume, start, _ = self.locks.release(token)
+        stream = self.intermediate if purpose is Purpose.COPY_HERE else self.streams[volume]
         zero = data.count(0) == len(data)
         head, size = encode_record(
-            RecordKind.UPDATE, self.group, self.node, self.streams[volume], self.state.incarnation, self.next_batch,
+            RecordKind.UPDATE, self.group, self.node, stream, self.state.incarnation, self.next_batch,
             volume, [Op.ZERO if zero else Op.WRITE], [0], [start], [len(data)], [None if zero else data],
             0 if zero else len(data), RecordFlag.COPY,
         )  # fmt: skip

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 from blockrepl.errors import ProtocolError
 from blockrepl.formats.link import Message, Pair, encode
 from blockrepl.replication.actions import Action, Event, SaveBits, Send
+from blockrepl.replication.comparing import block_bytes
 from blockrepl.replication.copier import Copier
-from blockrepl.replication.locks import Purpose
+from blockrepl.replication.locks import COPIES, Purpose
 
 if TYPE_CHECKING:
     from blockrepl.replication.primary import Primary
@@ -127,7 +128,8 @@ class Resyncing:
             found = copier.next_copy(now_s)
             if found is None:
                 break
-            owner.locks.lock(owner.next_token(), Purpose.COPY, *found)
+            purpose = Purpose.COPY_HERE if copier.is_here(*found[:2]) else Purpose.COPY
+            owner.locks.lock(owner.next_token(), purpose, *found)
         while (found := copier.next_digest(now_s)) is not None:
             owner.locks.lock(owner.next_token(), Purpose.DIGEST, *found)
         actions = owner.read_ready() if len(owner.locks) else []
@@ -142,9 +144,8 @@ class Resyncing:
         copier = self.copier
         if copier is None or not copier.compares or not fields["blocks"]:
             return False
-        lengths = -(-fields["length_bytes"] // fields["blocks"])
-        block_bytes = 1 << (lengths - 1).bit_length()
-        return copier.compared(fields["volume"], fields["offset_bytes"], fields["different"], block_bytes)
+        volume, start, size = fields["volume"], fields["offset_bytes"], block_bytes(fields)
+        return copier.compared(volume, start, fields["different"], size, here=fields["here"])
 
     def lost(self) -> None:
         """The link is gone."""
@@ -153,7 +154,7 @@ class Resyncing:
             return
         locks = self._owner.locks
         reading = locks.reading()
-        copies = {(v, s) for purpose, v, s, _ in reading if purpose is Purpose.COPY}
+        copies = {(v, s) for purpose, v, s, _ in reading if purpose in COPIES}
         digests = {(v, s) for purpose, v, s, _ in reading if purpose is Purpose.DIGEST}
         for record in self._owner.queue:
             if record.copy is not None:

@@ -152,7 +152,7 @@ class ImageFile:
                     os.ftruncate(fd, identity.size_bytes)
                     os.fsync(fd)
                     metadata_path(path).unlink(missing_ok=True)  # of an image that lay here once
-                    _write_durably(identity_path(path), identity.pack())
+                    write_durably(identity_path(path), identity.pack())
                 finally:
                     os.close(fd)
             except BaseException as error:
@@ -249,7 +249,7 @@ class ImageFile:
     def set_metadata(self, data: bytes | memoryview) -> None:
         """Replace what front ends keep with the volume: durably, whole or not at all. Blocks. Raises OSError."""
         assert len(data) <= MAX_METADATA_BYTES
-        _write_durably(metadata_path(self.path), data)
+        write_durably(metadata_path(self.path), data)
 
     def metadata(self) -> bytes:
         """What `set_metadata` stored last; b"" for nothing. Raises OSError."""
@@ -403,7 +403,7 @@ def holds_data(path: Path) -> bool:
     return True
 
 
-def _write_durably(path: Path, data: bytes | memoryview) -> None:
+def write_durably(path: Path, data: bytes | memoryview) -> None:
     """Put a small file in place whole or not at all, durably. Raises OSError."""
     temporary = path.with_name(path.name + ".new")
     try:

@@ -76,11 +76,12 @@ class RealGroup:
         ports = iter(free_ports((2 + self._portals) * len(ALL)))
         lines = ["[group]", 'name = "system"', f'journal = "{journal}"', f'secondary_journal = "{secondary_journal}"']
         lines += [keys, "[policy]", policy]
+        unseen = () if "volumes" in keys else ("intermediate",)
         for name in sorted(ALL):
             role = {"p": "primary", "i": "intermediate", "s": "secondary"}[name[0]]
             lines += ["[[node]]", f'name = "{name}"', f'role = "{role}"', f'directory = "{name}"']
             lines += [f'listen = "127.0.0.1:{next(ports)}"']
-            lines += [] if role == "intermediate" else [f'nbd = "127.0.0.1:{next(ports)}"']
+            lines += [] if role in unseen else [f'nbd = "127.0.0.1:{next(ports)}"']
             if self._portals and role != "intermediate":
                 portals = ", ".join(f'"127.0.0.1:{next(ports)}"' for _ in range(self._portals))
                 lines += [f"iscsi = [{portals}]"]
@@ -99,6 +100,13 @@ class RealGroup:
             process.wait(TIMEOUT_S)
             if process.stdout is not None:
                 process.stdout.close()
+
+    def change(self, old: str, new: str) -> None:
+        """Another definition, for nodes that start from now on."""
+        text = self.path.read_text()
+        assert old in text
+        self.path.write_text(text.replace(old, new))
+        self.definition = load(self.path)
 
     # nodes
 
@@ -245,6 +253,13 @@ def peak_memory_bytes(pid: int) -> int:
     match = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     assert match is not None
     return int(match[1]) * 1024
+
+
+def written_bytes(pid: int) -> int:
+    """All that a process has written so far, to files and sockets: wchar of proc_pid_io(5)."""
+    match = re.search(r"wchar: (\d+)", Path(f"/proc/{pid}/io").read_text())
+    assert match is not None
+    return int(match[1])
 
 
 def read_bytes(pid: int) -> int:
