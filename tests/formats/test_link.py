@@ -48,7 +48,8 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
 
 def fields_of(kind: Message) -> st.SearchStrategy[dict[str, Any]]:
     names = [each.name for each in BODIES[kind].subcons if each.name]
-    return st.fixed_dictionaries({name: FIELDS.get(name, number) for name in names})
+    own = {"marker": number} if kind == Message.PROMISED else {}  # its number, not its name
+    return st.fixed_dictionaries({name: {**FIELDS, **own}.get(name, number) for name in names})
 
 
 @given(st.sampled_from(sorted(BODIES)).flatmap(lambda kind: st.tuples(st.just(kind), fields_of(Message(kind)))), number)
