@@ -97,6 +97,7 @@ class Senders:
         With ``whole`` also when it is not: one record may need more than the half that is left.
         """
         window = min(self._window_bytes, self.free_bytes // (2 * len(self.by_node)))
+        window = max(window, sender.wants_bytes)  # a record that is larger than a window goes when the ring has room
         unused = sender.credit - sender.credit_used
         if unused * 2 > window and not whole:
             return False

@@ -104,6 +104,7 @@ class Intermediate:
         self._waiting: deque[tuple[int, RecordHead, Chunk, int, int, int]] = deque()  # batches not numbered yet
         self._fresh_s: float | None = None  # when every primary's lease was last known to be fresh
         self._boot_ns = 0
+        self._wall_ns = 0  # when the newest batch came
         self._appended: deque[tuple[int, Sender, int, int, int, int]] = deque()
         self._beat_s = 0.0
         self._token = 0
@@ -287,6 +288,7 @@ class Intermediate:
         if sender is None or not sender.live:
             return []  # a link that was closed, or not welcomed: its writes are nobody's (rule 1)
         sender.heard_s = now_s
+        self._wall_ns = time_ns
         if self._waiting or self.pairing.holds or (self.policy.fence_never and not self._leases_fresh(boot_ns)):
             chunk.hold()
             self._waiting.append((link, head, chunk, start, end, time_ns))
@@ -407,7 +409,8 @@ class Intermediate:
         self.undurable_bytes += len(record)
         head = decode_batch(view)
         head.epoch, head.first, head.previous = self.state.epoch.number, self.numbered + 1, stream.last
-        head.header_crc = number_record(view, 0, head.epoch, head.first, head.previous, 0)
+        head.time_ns = self._wall_ns
+        head.header_crc = number_record(view, 0, head.epoch, head.first, head.previous, head.time_ns)
         self.numbered += 1
         stream.last = self.numbered
         self._appended.append((self.numbered, self._own, head.incarnation, 0, stream.node, len(record)))

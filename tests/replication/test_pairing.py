@@ -479,3 +479,18 @@ def test_12_a_primary_that_is_away_does_not_hold_the_ring_for_the_others() -> No
     (save,) = dropped
     assert isinstance(save, SaveState)
     assert [type(action) for action in group.role.saved(save.token, group.now_s)] == [DropSpill]
+
+
+def test_6_a_record_larger_than_a_window_gets_the_credit_it_waits_for_when_the_ring_has_room() -> None:
+    """Found by the simulator: a primary of a small journal waited for ever with an empty ring."""
+    group = Group()
+    group.join()
+    sender = group.role.senders.by_node[P1]
+    wanted = FREE // 2
+    assert sender.credit < wanted
+    beat = {"stamp_ns": 1, "echo_ns": 0, "numbered": 0, "validated": 0, "applied": 0, "credit": wanted, "pair": 2}
+    group.do(group.role.received(LINKS[P1], Message.HEARTBEAT, beat, 0.0))
+    sent = group.tick(1.1)
+    granted = [fields["credit"] for link, kind, fields in sent if kind == Message.HEARTBEAT and link == LINKS[P1]]
+    assert granted[-1] >= wanted
+    assert sum(s.credit - s.credit_used for s in group.role.senders.by_link.values()) <= FREE
