@@ -291,7 +291,7 @@ class Pairing:
             state.at = max(state.at, streams.validated)
         state.limited, state.pair, state.auto = True, int(pair), pair is Pair.PFUS
         self.marked = streams.validated
-        streams.limit = Round(streams.validated, {s.node: s.sent for s in streams.by_node.values()})
+        streams.stop()
         self.reason = why
         actions: list[Action] = [Event(f"{pair.name}: {why}", {"at": self.suspended_at})]
         if pair is Pair.SMPL:

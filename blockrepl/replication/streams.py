@@ -110,6 +110,15 @@ class Streams:
             stream.link, stream.ready, stream.busy = 0, False, False
             stream.asked.clear()
 
+    def stop(self) -> None:
+        """Hop 2 is suspended where it is: nothing more is sent, or asked about.
+
+        A round that is open may name records that a secondary, when it returns, does not get any more.
+        """
+        self._rounds.clear()
+        self.rounds_number = max(self.rounds_number, self.validated)
+        self.limit = Round(self.validated, {node: stream.sent for node, stream in self.by_node.items()})
+
     def jump(self, starts: list[tuple[int, int]]) -> None:
         """Each (secondary, number): nothing of its stream up to there is sent any more; its START comes next.
 
