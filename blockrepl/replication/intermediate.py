@@ -308,17 +308,17 @@ class Intermediate:
         if self.opening.phase is not Phase.SERVING:
             # It would never be sent again on this link. The next one is welcomed when production goes on.
             return [Close(link, f"nothing is numbered now: {self.opening.reason or self.opening.phase.value}")]
+        size = end - start
+        sender.credit_used += frame_bytes(size)  # the primary has spent it, whatever becomes of the batch
+        if sender.credit_used > sender.credit:
+            raise ProtocolError("batch beyond the credit")
         if not self.state.numbering:
             return []  # hop 1 is suspended: after a resync its primary sends it again
         if head.batch <= sender.batch:
             return self._acknowledge(sender)  # from the durable watermark only
         if head.batch != sender.batch + 1:
             raise SequenceGapError(f"batch {head.batch} after {sender.batch}")
-        size = end - start
-        sender.credit_used += frame_bytes(size)
         self.senders.free_bytes -= frame_bytes(size)  # until `ring` says how it really is
-        if sender.credit_used > sender.credit:
-            raise ProtocolError("batch beyond the credit")
         head.epoch, head.first, head.previous, head.time_ns = (
             self.state.epoch.number, self.numbered + 1, stream.last, time_ns,
         )  # fmt: skip

@@ -437,7 +437,7 @@ class Pairing:
         actions: list[Action] = [Event(f"resync {state.start} begins; it goes back to {state.at} if it fails")]
         self._starts = [(s.node, s.last if state.limited else 0) for s in streams.by_node.values()]
         if state.limited:
-            streams.jump(self._starts)
+            streams.jump(self._starts, owner.numbered)
         else:
             streams.skips = dict(self._starts)
         for stream in streams.by_node.values():

@@ -119,13 +119,14 @@ class Streams:
         self.rounds_number = max(self.rounds_number, self.validated)
         self.limit = Round(self.validated, {node: stream.sent for node, stream in self.by_node.items()})
 
-    def jump(self, starts: list[tuple[int, int]]) -> None:
+    def jump(self, starts: list[tuple[int, int]], numbered: int) -> None:
         """Each (secondary, number): nothing of its stream up to there is sent any more; its START comes next.
 
-        Rounds that are open name records which now never come: the round of the START says it all.
+        No round may name records which now never come: the first one is that of the STARTs, above ``numbered``.
         """
         self.skips = dict(starts)
         self._rounds.clear()
+        self.rounds_number = max(self.rounds_number, numbered)
         for stream in self.by_node.values():
             stream.sent = max(stream.sent, self.skips[stream.node])
 

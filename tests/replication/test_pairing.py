@@ -494,3 +494,19 @@ def test_6_a_record_larger_than_a_window_gets_the_credit_it_waits_for_when_the_r
     granted = [fields["credit"] for link, kind, fields in sent if kind == Message.HEARTBEAT and link == LINKS[P1]]
     assert granted[-1] >= wanted
     assert sum(s.credit - s.credit_used for s in group.role.senders.by_link.values()) <= FREE
+
+
+def test_6_a_batch_that_is_not_numbered_has_spent_its_credit_too() -> None:
+    """Found by the simulator: the primary counts it as spent; else it waits for a grant that never comes."""
+    group = Group()
+    group.join()
+    group.do(group.role.pairing.stop_numbering("a test"))
+    group.write(P1, 1)
+    spent = group.role.senders.by_node[P1].credit_used
+    assert spent > 0
+    assert group.role.numbered == 0
+    group.role.state.numbering = True
+    group.write(P1, 1)
+    group.write(P1, 1)
+    assert group.role.senders.by_node[P1].credit_used == 3 * spent
+    assert group.role.numbered == 1

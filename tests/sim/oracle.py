@@ -198,6 +198,10 @@ class Oracle(Watcher):
             epoch = fields["epoch"].number
             self.welcomed[process.name] = max(self.welcomed.get(process.name, 0), epoch)
 
+    def power_lost(self, process: Process) -> None:
+        for volume in process.volume_ids if isinstance(process, PrimaryProcess) else ():
+            self.pairs.volumes[volume].power_lost()
+
     def event(self, process: Process, text: str) -> None:
         if text.startswith("stopped:") and process.name not in self.excused:
             raise Violation(f"{process.name} stopped without a disk error: {text}")

@@ -38,9 +38,10 @@ class PairTruth:
 
     def completed(self, process: PrimaryProcess, write: Write) -> bool:
         """A host was told; whether the primary took the write alone. Raises Violation."""
-        self.volumes[write.volume].completed(write)
         role = process.host.role
-        if not (role.state.alone and role.phase in SUSPENDED):
+        alone = role.state.alone and role.phase in SUSPENDED
+        self.volumes[write.volume].completed(write, alone=alone)
+        if not alone:
             return False
         self.alone += 1
         self.alone_ever.add(process.name)

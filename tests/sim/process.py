@@ -94,6 +94,9 @@ class Watcher:
     def event(self, process: Process, text: str) -> None:
         """A role's event."""
 
+    def power_lost(self, process: Process) -> None:
+        """A machine has lost what was not synced."""
+
 
 class SimWorkers:
     """`ports.Workers` of one life of a process."""
@@ -201,6 +204,7 @@ class Process:
         self.life += 1
         self.machine.powered = False
         self.machine.cut_power()
+        self.watcher.power_lost(self)
 
     def power_on(self) -> None:
         """Power is back."""

@@ -18,6 +18,7 @@ class HostTruth:
     def __init__(self, size_bytes: int) -> None:
         self._blocks: list[list[tuple[int, bytes]]] = [[(0, bytes(BLOCK))] for _ in range(size_bytes // BLOCK)]
         self._count = 0
+        self._volatile: dict[int, list[tuple[int, bytes]]] = {}  # what unsynced writes taken alone have replaced
         self._serials: dict[int, int] = {}  # id(write) → its place in the order
 
     def submitted(self, write: Write) -> None:
@@ -27,14 +28,22 @@ class HostTruth:
         for block, content in _blocks(write):
             self._blocks[block].append((self._count, content))
 
-    def completed(self, write: Write) -> None:
-        """From now on nothing older than it may be there."""
+    def completed(self, write: Write, *, alone: bool = False) -> None:
+        """From now on nothing older than it may be there; of what completed alone, until the power goes."""
         serial = self._serials.pop(id(write))
         for block, _ in _blocks(write):
             entries = self._blocks[block]
             # A write that overlaps itself: its last content counts.
             own = [each for each in entries if each[0] == serial][-1:]
+            if alone:
+                self._volatile.setdefault(block, []).extend(each for each in entries if each[0] < serial)
             entries[:] = own + [each for each in entries if each[0] > serial]
+
+    def power_lost(self) -> None:
+        """No journal has what was completed alone and not flushed: what it replaced may be there again."""
+        for block, entries in self._volatile.items():
+            self._blocks[block][:0] = entries
+        self._volatile.clear()
 
     def wrong(self, found: bytes | bytearray) -> int:
         """The first block that is none of these; -1 when there is none."""
