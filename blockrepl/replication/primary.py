@@ -452,6 +452,7 @@ class Primary:
         self.numbering = True
         if self.machine.state is Phase.JOINED:
             self.machine.go("resync")
+            self.stamp_received_s = now_s  # it was alone on what it heard before: twice the lease begins anew
             self.checkpoint = max(self.checkpoint, self.state.checkpoint)
             self._trusted_from = 0
             self._renumber(self._welcome["batch"])

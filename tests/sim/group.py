@@ -40,6 +40,7 @@ class Options:
     seconds: float = 8.0
     threads: int | None = None
     volumes: int | None = None
+    blocks: int | None = None  # of a volume
     ring_bytes: int | None = None
     story: str | None = None  # one of plan.STORIES
     fault_every_s: float | None = None
@@ -131,7 +132,8 @@ class Group:
         count = random.choice([2, 3])
         count = options.volumes or count
         owners = {1: ("p1", "s1"), 2: ("p2", "s2"), 3: random.choice([("p1", "s2"), ("p2", "s1")])}
-        size = random.choice([16, 64]) * BLOCK
+        blocks = random.choice([16, 64])
+        size = (options.blocks or blocks) * BLOCK
         policy = Policy(
             heartbeat_s=0.2, link_timeout_s=1.0, hold_s=random.choice([2.0, 1000.0]), checkpoint_s=0.3,
             checkpoint_bytes=64 << 10, round_s=random.choice([0.01, 0.05]), round_bytes=64 << 10,
@@ -291,6 +293,11 @@ class Group:
         if self.active:
             self._end_of_takeover()
             return
+        self.check_equal()
+
+    def check_equal(self) -> None:
+        """At rest in PAIR: P-VOLs and S-VOLs hold all that was numbered. Raises Violation."""
+        oracle = self.oracle
         for volume, (owner, _, _) in self.layout.volumes.items():
             if self.processes[owner].machine.files[f"volume {volume}"].cache != oracle.image(volume, oracle.numbered):
                 raise Violation(f"{owner}: P-VOL {volume} at rest is not image({oracle.numbered})")
@@ -381,8 +388,8 @@ class Group:
             self.forced = self.forced or force
             self.world.enter(process, lambda: process.take_over(finished, dry_run=dry_run, force=force))
 
-    def pair(self, command: str) -> str:
-        """`pair split`, `pair resync` or `pair resync --verify`; what it was refused with, or nothing."""
+    def pair(self, command: str, rate_bytes: int = 0) -> str:
+        """`pair split`, `pair resync [--rate]` or `pair resync --verify`; what it was refused with, or nothing."""
         process = self.intermediate
         if not process.alive or process.paused_until_s > self.world.now_s:
             return "the intermediate is away"
@@ -394,7 +401,7 @@ class Group:
                 if command == "split":
                     actions = pairing.split(writable=False, now_s=now_s)
                 else:
-                    actions = pairing.resync(verify=command == "verify", now_s=now_s)
+                    actions = pairing.resync(verify=command == "verify", rate_bytes=rate_bytes, now_s=now_s)
             except UsageError as error:
                 refused.append(f"{error} {error.hint}")
                 return

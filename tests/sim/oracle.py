@@ -354,7 +354,8 @@ class Oracle(Watcher):
         if role.phase is SecondaryPhase.FAILED:
             return
         self._forget_what_a_takeover_discarded(name, role)
-        self.goes_back_to.pop(name, None)
+        if not role.state.rolling:  # a takeover that goes back has gone there before it is done
+            self.goes_back_to.pop(name, None)
         if role.copying.newest is not None:
             self.goes_back_to[name] = role.copying.newest.copy_from
         demand(role.applied <= role.validated <= role.held, f"{name}: applied <= validated <= held")
