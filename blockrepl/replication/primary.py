@@ -102,6 +102,7 @@ TABLE: dict[tuple[Phase, str], Phase] = {
     (Phase.ALONE_GREETING, "lost"): Phase.ALONE,
     (Phase.JOINED, "lost"): Phase.ALONE,
     (Phase.JOINED, "resync"): Phase.LIVE,
+    (Phase.JOINED, "suspend"): Phase.SUSPENDING,  # suspended again while it was made ready for a resync
     **{(phase, "reform"): Phase.ALONE for phase in Phase if phase is not Phase.FAILED},
     **{(phase, "failed"): Phase.FAILED for phase in Phase},
     (Phase.FAILED, "lost"): Phase.FAILED,

@@ -41,6 +41,7 @@ class Suspension:
         owner = self._owner
         owner.numbering = False
         owner.queue.rewind()
+        owner.resyncing.stop()  # one that was asked for before is void; another begins with its own RESYNC
         if owner.policy.fence_never and not owner.fenced and not owner.state.suspended:
             return self.go_alone(f"the group is suspended at {number}")
         return [Event(f"{Pair(pair).name}: nothing is numbered any more; writes wait for a resync")]

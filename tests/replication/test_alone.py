@@ -322,6 +322,29 @@ def test_who_was_told_to_go_alone_greets_anew_and_a_resync_takes_it_back() -> No
     assert host.phase == "LIVE"
 
 
+@pytest.mark.parametrize("held", [SaveBits, SyncVolumes, SaveState])
+def test_a_suspension_in_the_middle_of_getting_ready_for_a_resync_voids_it(held: type) -> None:
+    """Found by the simulator: it went live, and sent batches that the intermediate did not number."""
+    host = alone()
+    host.submit(offset=0)
+    host.connect(through=0, batch=0, numbering=False, pair=Pair.PSUE)
+    host.holds = {held}
+    host.resync()
+    host.do(host.role.received(host.link, Message.SUSPEND, {"pair": Pair.PSUE, "number": 60}, 0.0))
+    host.holds = set()
+    late, host.held = host.held, []
+    host.do(late)
+    batch = host.submit(offset=BLOCK)
+    assert batch in host.stored, "alone, as before"
+    assert not host.batches
+    assert host.role.state.suspended
+    if not host.role.link:
+        host.connect(through=0, batch=0, numbering=False, pair=Pair.PSUE)
+    host.resync(70)
+    assert host.phase == "LIVE"
+    assert {offset for _, offset, _ in host.copies()} >= {0}
+
+
 def test_21_on_resync_it_merges_syncs_stores_and_then_writes_are_numbered_again() -> None:
     host = alone()
     host.submit(offset=0)
