@@ -366,7 +366,8 @@ class Opening:
             owner.begin_anew(fields["number"], fields["members"])
             return [Forget(owner.expect(forgotten))]
 
-        after = min(pairing.marked, owner.streams.validated) if state.limited else owner.streams.validated
+        kept = state.limited or state.start > 0  # what is validated may be undone, or was never sent
+        after = min(pairing.marked, owner.streams.validated) if kept else owner.streams.validated
         checkpoints = {sender.node: sender.checkpoint for sender in owner.senders.by_node.values()}
         return [MarkJournal(after, owner.numbered, checkpoints, owner.expect(marked))]
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from blockrepl.replication.intermediate import Intermediate
 
 FULL_S = 1.0  # how long a ring must have been full before hop 2 is suspended
+MARK_S = 1.0  # between START and END the journal waits for its bits: how often they are made
 RETRY_S = 2.0  # between attempts at a resync that nobody asked for
 
 
@@ -194,8 +195,14 @@ class Pairing:
 
     @property
     def releasable(self) -> int | None:
-        """Hop 2 suspended: what the journal may give up because it is in the bitmaps; None when it is not suspended."""
-        return max(self.marked, self._owner.streams.validated) if self._owner.state.limited else None
+        """What the journal may give up because it is in the bitmaps, or was never missed; None in PAIR.
+
+        Between START and END even what is validated must be in the bitmaps: a takeover would undo it there.
+        """
+        state = self._owner.state
+        if state.start:
+            return self.marked if state.limited else min(self.marked, self._owner.streams.validated)
+        return max(self.marked, self._owner.streams.validated) if state.limited else None
 
     def out_of_sync_bytes(self) -> int:
         """By the hop-2 bitmaps; what only the journal holds comes on top."""
@@ -290,7 +297,8 @@ class Pairing:
         if not state.start:
             state.at = max(state.at, streams.validated)
         state.limited, state.pair, state.auto = True, int(pair), pair is Pair.PFUS
-        self.marked = streams.validated
+        if not state.start:
+            self.marked = streams.validated
         streams.stop()
         self.reason = why
         actions: list[Action] = [Event(f"{pair.name}: {why}", {"at": self.suspended_at})]
@@ -442,7 +450,7 @@ class Pairing:
             streams.skips = dict(self._starts)
         for stream in streams.by_node.values():
             actions.append(owner.control(RecordKind.START, stream, state.at, flags))
-        self._starts_through = owner.numbered
+        self._starts_through = self.marked = owner.numbered
         state.limited, streams.limit = False, None
         self.machine.go("started")
         actions += streams.pump_all()
@@ -573,6 +581,7 @@ class Pairing:
         self.high_water = free_bytes * 4 < ring_bytes
 
     _copy_again = False
+    _marked_s = 0.0
     _free_bytes = 1
     _ring_bytes = 1
 
@@ -608,13 +617,15 @@ class Pairing:
     def _watch_ring(self, now_s: float) -> list[Action]:
         """A full ring that waits for the secondaries: suspend hop 2, or go on giving up what is in the bitmaps."""
         owner, state = self._owner, self._owner.state
-        if state.limited:
-            wanted = self.high_water or owner.senders.starving
-            if wanted and not self._marking and owner.durable_number > self.marked:
+        if (state.limited or state.start) and not self._marking and owner.durable_number > self.marked:
+            waited = state.start > 0 and now_s - self._marked_s >= MARK_S
+            if self.high_water or owner.senders.starving or waited:
+                self._marked_s = now_s
                 if state.pair == Pair.SMPL:
                     self.marked = owner.durable_number
                     return []
                 return [self._mark(self.marked, owner.durable_number, lambda _: [])]
+        if state.limited:
             return []
         by_checkpoint = owner.senders.releasable
         held_by_hop2 = owner.streams.validated < (owner.durable_number if by_checkpoint is None else by_checkpoint)

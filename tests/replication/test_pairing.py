@@ -510,3 +510,20 @@ def test_6_a_batch_that_is_not_numbered_has_spent_its_credit_too() -> None:
     group.write(P1, 1)
     assert group.role.senders.by_node[P1].credit_used == 3 * spent
     assert group.role.numbered == 1
+
+
+def test_8_between_start_and_end_the_journal_keeps_what_is_validated_until_it_is_in_the_bitmaps() -> None:
+    """A takeover there goes back: then even what was validated since differs, and a swap must know of it."""
+    group = split_group()
+    group.bitmaps[1].mark(0, 1)
+    resync(group)
+    group.write(P1, 4)
+    group.prepare(group.role.numbered)
+    numbered = group.role.numbered
+    group.do(group.role.received(LINKS[P1], Message.CHECKPOINT, {"number": numbered}, 0.0))
+    assert group.role.streams.validated == numbered
+    assert group.role.releasable < numbered
+    group.marked.clear()
+    group.tick(1.1)
+    assert [mark.through for mark in group.marked] == [numbered]
+    assert group.role.releasable == numbered

@@ -35,8 +35,8 @@ class HostTruth:
             entries = self._blocks[block]
             # A write that overlaps itself: its last content counts.
             own = [each for each in entries if each[0] == serial][-1:]
-            if alone:
-                self._volatile.setdefault(block, []).extend(each for each in entries if each[0] < serial)
+            if alone:  # a batch may be torn between its writes, too
+                self._volatile.setdefault(block, []).extend(each for each in entries if each[0] <= serial)
             entries[:] = own + [each for each in entries if each[0] > serial]
 
     def power_lost(self) -> None:
