@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from blockrepl.formats.link import Pair
 from tests.sim.transcript import Transcript
 
 TEXTS = Path(__file__).parent.parent / "transcripts"
@@ -94,15 +95,61 @@ def takeover_without_the_intermediate(talk: Transcript) -> None:
     talk.quiet(3)
 
 
+def split_and_resync(talk: Transcript) -> None:
+    start(talk)
+    talk.write(1)
+    talk.quiet()
+    talk.lines.clear()
+    group = talk.group
+    pairing = group.intermediate.host.role.pairing
+    talk.note("pair split")
+    group.pair("split")
+    talk.quiet()
+    talk.note("hosts write on, until the journal turns what it holds into bits")
+    while pairing.marked <= pairing.suspended_at:
+        talk.write(1, 8)
+        talk.quiet(0.1)
+    talk.quiet()
+    talk.note("pair resync: a START in each stream, which jumps; p1 copies; an END in each stream, validated")
+    assert not group.pair("resync")
+    talk.quiet(2)
+    assert pairing.pair is Pair.PAIR
+
+
+def alone_and_resync(talk: Transcript) -> None:
+    start(talk)
+    talk.write(1)
+    talk.quiet()
+    talk.lines.clear()
+    group = talk.group
+    talk.note("fence never: p1 cannot reach the intermediate; its host writes; it goes on alone, then p2 does")
+    group.network.cut("p1", "i")
+    talk.write(1)
+    talk.quiet(2)
+    talk.write(2)
+    talk.quiet(0.1)
+    talk.note("the network works again")
+    group.network.heal_all()
+    talk.quiet()
+    talk.note("pair resync")
+    assert not group.pair("resync")
+    talk.quiet(2)
+    assert group.intermediate.host.role.pairing.pair is Pair.PAIR
+
+
+OTHERS: dict[Callable[[Transcript], None], tuple[str, int]] = {
+    split_and_resync: ("pairs", 64 << 10),
+    alone_and_resync: ("never", 1 << 20),
+}  # story and ring
 CONVERSATIONS = [
     start, one_write, primary_reconnects, primary_restarts, secondary_restarts, takeover_with_the_intermediate,
-    takeover_without_the_intermediate,
+    takeover_without_the_intermediate, split_and_resync, alone_and_resync,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS, ids=[each.__name__ for each in CONVERSATIONS])
 def test_a_conversation_goes_as_written(conversation: Callable[[Transcript], None]) -> None:
-    talk = Transcript()
+    talk = Transcript(*OTHERS.get(conversation, ()))
     with talk.group.limits():
         conversation(talk)
     text = "\n".join(talk.lines) + "\n"

@@ -47,9 +47,10 @@ class Steady(Random):
 class Transcript:
     """A group without chance or faults, and what its processes say to each other."""
 
-    def __init__(self) -> None:
+    def __init__(self, story: str = "production", ring_bytes: int = 1 << 20) -> None:
+        """``story`` "never" is the fence level."""
         self.lines: list[str] = []
-        self.group = Group(0, Options(story="production", volumes=2, ring_bytes=1 << 20), Steady())
+        self.group = Group(0, Options(story=story, volumes=2, ring_bytes=ring_bytes), Steady())
         self.group.world.on_message = self._message
 
     def note(self, text: str) -> None:
@@ -60,14 +61,15 @@ class Transcript:
         """Let them talk."""
         self.group.world.run(self.group.world.now_s + seconds)
 
-    def write(self, volume: int) -> Write:
-        """A host writes one block."""
+    def write(self, volume: int, blocks: int = 1) -> Write:
+        """A host writes the first blocks."""
         from tests.replication.roles import write
 
         group = self.group
         process = group.primary(group.layout.volumes[volume][0])
-        batch = write(BLOCK)
-        ours = Write(volume, list(batch.ops), [0], [BLOCK], [bytes(BLOCK)], group.oracle.completed)
+        size = blocks * BLOCK
+        batch = write(size)
+        ours = Write(volume, list(batch.ops), [0], [size], [bytes(size)], group.oracle.completed)
         group.oracle.submitting[id(batch)] = ours
         group.oracle.pairs.submitted(ours)
 

@@ -6,7 +6,17 @@ from collections.abc import Iterator
 from typing import Any
 
 from blockrepl.block import Op
-from blockrepl.formats.link import DEFAULTS, HEADER_BYTES, Epoch, LinkRole, Message, Refusal, decode_body, decode_header
+from blockrepl.formats.link import (
+    DEFAULTS,
+    HEADER_BYTES,
+    Epoch,
+    LinkRole,
+    Message,
+    Pair,
+    Refusal,
+    decode_body,
+    decode_header,
+)
 from blockrepl.formats.record import OP_DIGEST, RecordFlag, RecordKind, decode_batch, decode_record, iterate_entries
 
 # What says nothing about the conversation: sizes, what is the same in every message, what is drawn.
@@ -55,6 +65,10 @@ def _value(name: str, value: Any) -> str:
         return str(value.number)
     if name == "role":
         return LinkRole(value).name.lower()
+    if name == "pair":
+        return Pair(value).name
+    if name == "bits":
+        return bytes(value).hex()
     if name == "code":
         return Refusal(value).name
     return str(value).lower() if isinstance(value, bool) else str(value)
