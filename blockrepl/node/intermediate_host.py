@@ -188,6 +188,7 @@ class IntermediateHost(Host):
             self.volumes.appended(action.head, action.record)
         if self._unfit or not self.journal.journal.fits(action.head.size_bytes):
             self._unfit.append(action)
+            self._tell_room()
             return
         self._put(action)
 
@@ -270,8 +271,7 @@ class IntermediateHost(Host):
         self.settle()
 
     def _tell_room(self) -> None:
-        waiting = sum(frame_bytes(action.head.size_bytes) for action in self._unfit)
-        free = self.journal.journal.free_bytes - self._reserve_bytes - waiting
+        free = 0 if self._unfit else self.journal.journal.free_bytes - self._reserve_bytes
         self.perform(self.role.ring(max(0, free), self.journal.journal.ring_bytes - self._reserve_bytes))
 
     # bitmaps

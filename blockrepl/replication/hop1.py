@@ -34,6 +34,7 @@ class Sender:
     credit: int = 0
     credit_used: int = 0
     heard_s: float = 0.0
+    live_s: float = 0.0  # when it was last live
     stamp_ns: int = 0
     echo_ns: int = 0  # the newest of our stamps that it has echoed
     wants_bytes: int = 0  # of the record that it waits for credit for
@@ -116,5 +117,5 @@ class Senders:
     @property
     def releasable(self) -> int | None:
         """Every record up to it is durable in its own primary's P-VOL; None when all are (rule 12)."""
-        waiting = [kept for s in self.by_node.values() if (kept := max(s.checkpoint, s.spilled)) < s.last]
+        waiting = [kept for s in self.by_node.values() if (kept := max(s.checkpoint, s.spilled)) < s.durable_last]
         return min(waiting) if waiting else None

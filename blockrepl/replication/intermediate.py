@@ -643,7 +643,10 @@ class Intermediate:
             actions += self._number_waiting(now_s)
         if self.policy.fence_never:
             actions += self._watch_leases(now_s, boot_ns)
-        if self.senders.starving and not self._spilling:
+        for sender in self.senders.by_node.values():
+            if sender.live:
+                sender.live_s = now_s
+        if (self.senders.starving or self.senders.free_bytes <= 0) and not self._spilling:
             actions += self._spill(now_s)
         silent = now_s - self.policy.link_timeout_s
         for link, heard_s in self._heard_s.items():
@@ -667,7 +670,7 @@ class Intermediate:
             return []
         for sender in self.senders.by_node.values():
             kept = max(sender.checkpoint, sender.spilled)
-            away = not sender.link and now_s - sender.heard_s > self.policy.link_timeout_s
+            away = not sender.live and now_s - sender.live_s > self.policy.link_timeout_s
             if away and kept == by_checkpoint and sender.durable_last > kept:
                 through = sender.durable_last
                 self._spilling = True

@@ -196,7 +196,8 @@ class Epochs:
         self._discarded = (writes, size_bytes, *self._counted)
         # With the epoch the note stands for "all of mine up to number".
         state.prepared = number
-        owner.received = state.held = self._last_kept
+        # What a jump skipped is named by its START as the record before it, and is not held.
+        owner.received = state.held = min(self._last_kept, number)
         owner.go_back(number)
         self.machine.go("store")
         closed: list[Action] = []

@@ -461,7 +461,7 @@ def test_12_a_primary_that_is_away_does_not_hold_the_ring_for_the_others() -> No
     beat = {"stamp_ns": 1, "echo_ns": 0, "numbered": 0, "validated": 0, "applied": 0, "credit": 1 << 40, "pair": 2}
     group.do(group.role.received(LINKS[P2], Message.HEARTBEAT, beat, 0.0))
     assert group.role.releasable == 0
-    group.role.senders.by_node[P1].heard_s = 0.0
+    group.role.senders.by_node[P1].live_s = 0.0
     group.now_s = 100.0
     group.role.senders.by_node[P2].heard_s = group.now_s
     actions = group.role._spill(group.now_s)
@@ -527,3 +527,15 @@ def test_8_between_start_and_end_the_journal_keeps_what_is_validated_until_it_is
     group.tick(1.1)
     assert [mark.through for mark in group.marked] == [numbered]
     assert group.role.releasable == numbered
+
+
+def test_12_a_primary_whose_newest_batches_do_not_fit_the_ring_yet_holds_nothing_in_it() -> None:
+    """Found by the simulator: it waited for WELCOME, that for the journal, and the journal for its checkpoint."""
+    group = Group()
+    group.join()
+    group.write(P1, 1)
+    group.prepare(1)
+    group.do(group.role.received(LINKS[P1], Message.CHECKPOINT, {"number": 1}, 0.0))
+    chunk, size = raw_batch(1, sender=P2)
+    group.role.batch(LINKS[P2], decode_batch(chunk.view), chunk, 0, size, 0.0, 0)  # appended, and never durable
+    assert group.role.releasable == 1

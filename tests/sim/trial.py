@@ -48,6 +48,7 @@ def trial(group: Group) -> None:
         copies.append(copy)
     for copy in copies:
         copy.boot()
+    rolled = [c.host.role.state.number for c in copies if c.host.role.state.rolling]  # a takeover has begun already
     finished: list[Takeover] = []
     copies[0].take_over(finished.append)
     if not world.run(PATIENCE_S, lambda: bool(finished)):
@@ -57,7 +58,7 @@ def trial(group: Group) -> None:
             return
         raise Violation(f"a trial takeover fails: {finished[0].problem}")
     number = finished[0].report.number
-    low = min([oracle.validate_sent, *(c.host.role.state.number for c in copies if oracle.goes_back_to)])
+    low = min([oracle.validate_sent, *rolled, *(c.host.role.state.number for c in copies if oracle.goes_back_to)])
     demand(number >= low or group.forced, f"trial at {number}, VALIDATE {oracle.validate_sent} sent")
     for copy in copies:
         if copy.host.role.phase is not Phase.ACTIVE:
