@@ -20,6 +20,10 @@ from blockrepl.definition import load
 from blockrepl.node.control import ControlServer, Progress
 
 Message = dict[str, Any]
+COMMANDS = (
+    "attach", "detach", "takeover", "verify", "reform", "bitmap", "pair_create", "pair_split", "pair_resync",
+    "pair_delete", "exclude", "include",
+)  # fmt: skip
 
 
 class FakeNode:
@@ -38,7 +42,7 @@ class FakeNode:
         ignore = self.plan.get("ignore", [])
         if "term" in ignore:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        commands = {name: self.answer(name) for name in ("attach", "detach", "takeover", "verify")}
+        commands = {name: self.answer(name) for name in COMMANDS}
         server = ControlServer(self.node.directory, {"status": self.status, "stop": self.stop, **commands})
         await server.start()
         if "stop" in ignore:
