@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from blockrepl.replication import copying, opening, primary, secondary_epochs, takeover
+from blockrepl.replication import copying, opening, primary, reform, secondary_epochs, takeover
 from blockrepl.replication.machine import Machine
 
-MODULES = [primary, opening, secondary_epochs, copying, takeover]
+MODULES = [primary, opening, secondary_epochs, copying, takeover, reform]
 # Where a process may begin: the first, and what recovery finds.
 STARTS: dict[Any, list[str]] = {
     primary: ["FRESH"],
@@ -20,6 +20,7 @@ STARTS: dict[Any, list[str]] = {
     secondary_epochs: ["FOLLOWING", "PROMISED", "STORING", "ACTIVE"],
     copying: ["PLAIN", "COPYING"],
     takeover: ["GREETING"],
+    reform: ["GREETING"],
 }
 
 HELPERS = {"primary": ("suspension", "resyncing")}  # whose code moves a role too
