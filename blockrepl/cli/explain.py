@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from blockrepl.cli.asking import node_statuses
@@ -54,7 +55,7 @@ def explained(definition: Definition) -> Message:
     statuses = node_statuses(definition)
     pair = group_pair(statuses)
     old = _old_sources(statuses)
-    unreplicated = [each for status in old for each in _unreplicated(definition, status, statuses)]
+    unreplicated = _unreplicated(definition, old, statuses)
     document: Message = {
         "schema": 1,
         "group": definition.name,
@@ -86,24 +87,61 @@ def _old_sources(statuses: list[Message]) -> list[Message]:
     return [status for status in served if taken and epoch_number(status) < newest]
 
 
-def _unreplicated(definition: Definition, old: Message, statuses: list[Message]) -> list[Message]:
-    """Writes of an old source above the number at which the other side took over."""
+def _unreplicated(definition: Definition, old: list[Message], statuses: list[Message]) -> list[Message]:
+    """Writes of old sources above the number at which the other side took over: from what they remember, from their
+    bitmaps, and from the intermediate's journal, which also knows those of a source that was restarted.
+    """
     number = _taken_number(statuses)
+    names = {str(status["node"]) for status in old}
+    found: list[Message] = []
+    for name in sorted(names):
+        with contextlib.suppress(BlockreplError):
+            answer = call(definition.node(name).directory, "bitmap", {})
+            writes = [{"node": name, **write} for write in answer.get("open_writes") or []]
+            found += [each for each in writes if None in (each["number"], number) or each["number"] > number]
+            for volume in answer.get("volumes") or []:
+                found += [{"node": name, "volume": volume["volume"], "number": None, **run} for run in volume["ranges"]]
+    known = {(each["volume"], each["offset_bytes"], each["length_bytes"]) for each in found}
+    if names and number is not None:
+        for write in _journaled(definition, names, number):
+            if (write["volume"], write["offset_bytes"], write["length_bytes"]) not in known:
+                found.append(write)
+    return found
+
+
+def _journaled(definition: Definition, names: set[str], number: int) -> list[Message]:
+    """Writes of these nodes above a number that the intermediate's journal has, if it lies on this machine."""
+    from blockrepl.cli.journal_reader import JournalReader
+    from blockrepl.formats.journal import FrameKind
+    from blockrepl.formats.record import RecordKind, check_record, iterate_entries
+    from blockrepl.node.create import JOURNAL_NAME, journal_identity
+
+    node = definition.intermediate
+    senders = {each.id: each.name for each in definition.nodes if each.name in names}
+    volumes = {volume.id: volume.name for volume in definition.volumes}
+    found: list[Message] = []
     try:
-        answer = call(definition.node(str(old["node"])).directory, "bitmap", {})
+        reader = JournalReader(node.directory / JOURNAL_NAME, journal_identity(definition, node))
     except BlockreplError:
         return []
-    writes = [
-        {"node": old["node"], **write}
-        for write in answer.get("open_writes") or []
-        if write["number"] is None or number is None or write["number"] > number
-    ]
-    alone = [
-        {"node": old["node"], "volume": volume["volume"], "number": None, **run}
-        for volume in answer.get("volumes") or []
-        for run in volume["ranges"]
-    ]
-    return writes + alone
+    try:
+        for frame in reader.frames():
+            if frame.kind != FrameKind.RECORD or frame.first <= number or frame.sender not in senders:
+                continue
+            with contextlib.suppress(BlockreplError):
+                body = reader.body(frame)
+                head = check_record(body)
+                if head.kind == RecordKind.UPDATE:
+                    found += [
+                        {
+                            "node": senders[frame.sender], "volume": volumes.get(volume), "number": frame.first + place,
+                            "offset_bytes": offset, "length_bytes": length,
+                        }
+                        for place, (volume, _, _, offset, length, _) in enumerate(iterate_entries(head, body))
+                    ]  # fmt: skip
+    finally:
+        reader.close()
+    return found
 
 
 def _taken_number(statuses: list[Message]) -> int | None:

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from blockrepl.definition import Definition, load
+from blockrepl.errors import UsageError
 from blockrepl.formats.link import Epoch, Pair
 from blockrepl.formats.state import PrimaryState, SecondaryState, encode_primary, encode_secondary
 from blockrepl.node.create import create, journal_identity, state_identity
 from blockrepl.node.data_node import DataNode
+from blockrepl.node.reform_run import question
 from blockrepl.storage.journal_file import JournalFile
 from blockrepl.storage.slot_file import SlotFile
 from tests.system.group import RealGroup
@@ -70,3 +72,14 @@ def test_what_was_written_alone_since_the_takeover_is_kept_at_a_restart(definiti
     assert node.source is not None
     assert node.source.host.role.state.suspended == int(Pair.PSUE)
     assert not node.source.host.role.state.detached
+
+
+def test_a_swap_needs_an_address_of_every_node(definition: Definition) -> None:
+    text = definition.path.read_text()
+    lines = text.splitlines()
+    at = lines.index('name = "p1"')
+    place = next(i for i in range(at, len(lines)) if lines[i].startswith("listen"))
+    definition.path.write_text("\n".join(lines[:place] + lines[place + 1 :]))
+    with pytest.raises(UsageError, match="p1 has no `listen` address") as caught:
+        question(load(definition.path), definition.node("s1"))
+    assert "[[node]] of p1" in caught.value.hint

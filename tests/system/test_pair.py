@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from blockrepl.cli.client import call
+from blockrepl.errors import UsageError
 from blockrepl.node.create import create
 from tests.system.conftest import MakeGroup
 from tests.system.group import PRIMARIES, SECONDARIES, VOLUMES, A, B, RealGroup, answers, wait_for
@@ -244,23 +246,55 @@ def test_an_intermediate_that_was_lost_is_replaced_by_an_empty_one(make_group: M
     assert group.differing() == []
 
 
-def test_an_old_primary_that_comes_back_is_explained(make_group: MakeGroup) -> None:
+def test_an_old_primary_is_explained_and_what_only_it_has_is_listed(make_group: MakeGroup) -> None:
     group = make_group(sizes=SMALL).create().start()
     volume = group.open(A)
     volume.write(0, b"a" * BLOCK, durable=True)
     group.settle()
-    group.kill("i1", "s1", "s2")
-    group.start("s1", "s2")
+    for name in SECONDARIES:
+        group.signal(name, signal.SIGSTOP)
+    volume.write(3 * MIB, b"lost".ljust(4096), durable=True)
+    group.kill("i1", *SECONDARIES)
+    group.start(*SECONDARIES)
     group.takeover(force=True)
+    listed = f"p1/{A}: 4096 bytes at {3 * MIB}, number"
     told = do(group, "explain").stdout
-    assert "is in SSWS" in told
-    assert "way 1" in told
-    assert "way 2" in told
-    assert "next: blockrepl up" in told
-    assert "pair resync system --swap" in told
+    for words in ("is in SSWS", "way 1", "way 2", "next: blockrepl up", "pair resync system --swap", listed):
+        assert words in told, told
     refused = do(group, "pair", "resync", "--swap", code=2)
     assert "silent: i1" in refused.stderr
     assert "blockrepl up --node i1" in refused.stderr
+    group.kill("p1")
+    group.start("i1", "p1", wait=False)
+    wait_for(partial(_all_answer, group, ("i1", "p1")), "the old site is back")
+    assert listed in do(group, "explain").stdout  # it forgot, the intermediate's journal did not
+    do(group, "pair", "resync", "--swap")
+    paired(group)
+    quiet(group)
+    assert group.differing() == []
+    assert group.open(A, secondary=True).read(3 * MIB, 4096) == bytes(4096)
+
+
+def test_the_old_site_can_be_kept_instead(make_group: MakeGroup) -> None:
+    group = make_group(sizes=SMALL).create().start()
+    volume = group.open(A)
+    volume.write(0, b"a" * BLOCK, durable=True)
+    group.settle()
+    group.takeover()
+    other = group.open(A, secondary=True)
+    other.write(MIB, b"given up".ljust(4096), durable=True)
+    refused = group.node("p1").directory
+    with pytest.raises(UsageError, match="has taken over later, in epoch 2"):
+        call(refused, "reform", {"kind": "swap"}, timeout_s=120)
+    call(refused, "reform", {"kind": "swap", "force": True}, timeout_s=120)
+    paired(group)
+    volume = group.open(A)
+    assert volume.read(MIB, 4096) == bytes(4096)
+    volume.write(2 * MIB, b"goes on".ljust(4096), durable=True)
+    quiet(group)
+    assert group.differing() == []
+    with pytest.raises(OSError, match=r".*"):
+        other.write(MIB, b"late".ljust(4096))
 
 
 def _empty(directory: Path) -> None:
