@@ -113,6 +113,7 @@ class Intermediate:
         self._heard_s: dict[int, float] = {}
         self._nonces: dict[int, bytes] = {}
         self.opener_link = 0
+        self.opener_reforms = False
 
     # start
 
@@ -269,7 +270,9 @@ class Intermediate:
         return actions
 
     def dismiss_opener(self, code: Refusal, text: str) -> list[Action]:
-        """Close the opener's link, saying why; it then goes on without us."""
+        """Close the link of a takeover's opener, saying why; it then goes on without us. A reform's opener needs us."""
+        if self.opener_reforms:
+            return []
         link, self.opener_link = self.opener_link, 0
         return [self._refuse(link, code, text)] if link else []
 
@@ -594,6 +597,7 @@ class Intermediate:
         if self.opener_link:
             actions.append(Close(self.opener_link, "another opener came"))
         self.opener_link = link
+        self.opener_reforms = fields["role"] == LinkRole.REFORMER
         message = self._me.welcome(
             fields, epoch=self.state.epoch, promised=self.state.promised, through=self.durable_number,
             validated=self.streams.validated, prepared=self.streams.valid_counter,

@@ -161,7 +161,7 @@ class Opening:
         owner = self._owner
         if owner.state.epoch.number or owner.numbered:
             return owner.fail(text)
-        if self.phase is Phase.FENCED:
+        if self.phase in (Phase.FENCED, Phase.REFORMING) or self._anew:
             return []
         self._go("fence")
         self.reason = f"this intermediate is new: {text}: blockrepl replace --node {owner.name}"
@@ -328,7 +328,7 @@ class Opening:
         if fields["epoch"] == owner.state.epoch:
             return [Send(link, [self._stored()])]
         if fields["promise"] != owner.state.promised or self.phase is not Phase.FROZEN:
-            return [Send(link, [self._stored(max(owner.state.promised, owner.state.epoch))])]
+            return [Send(link, [self._not_stored(fields["epoch"])])]
         if fields["number"] < owner.numbered:
             raise ProtocolError(f"STORE at {fields['number']}, but {owner.numbered} was given here")
         self._store = link, fields
@@ -370,6 +370,11 @@ class Opening:
         after = min(pairing.marked, owner.streams.validated) if kept else owner.streams.validated
         checkpoints = {sender.node: sender.checkpoint for sender in owner.senders.by_node.values()}
         return [MarkJournal(after, owner.numbered, checkpoints, owner.expect(marked))]
+
+    def _not_stored(self, asked: Epoch) -> bytes:
+        """Names the epoch that we stand by, which is never the one asked for."""
+        state = self._owner.state
+        return self._stored(state.promised if state.promised != asked else state.epoch)
 
     def _stored(self, epoch: Epoch | None = None) -> bytes:
         owner = self._owner

@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
-from blockrepl.formats.link import LinkRole, Message, Refusal
+from blockrepl.formats.link import NO_EPOCH, LinkRole, Message, Refusal
 from blockrepl.replication.actions import Close
-from tests.replication.roles import MID, NONCE, S1, S2, TWO, arrives, hello, intermediate, saved, serving
+from blockrepl.replication.opening import Phase
+from tests.replication.roles import (
+    MID,
+    NONCE,
+    ONE,
+    S1,
+    S2,
+    THREE,
+    TWO,
+    arrives,
+    hello,
+    intermediate,
+    said,
+    saved,
+    serving,
+)
 
 
 def test_an_opener_that_waits_for_the_drain_is_let_go_when_the_intermediate_learns_that_it_is_fenced() -> None:
@@ -20,3 +35,43 @@ def test_an_opener_that_waits_for_the_drain_is_let_go_when_the_intermediate_lear
     closed = {action.link: action for action in actions if isinstance(action, Close)}
     assert "taken over" in closed[7].reason
     assert closed[7].last_words
+
+
+def test_a_reforms_opener_is_not_sent_away_by_the_fence_that_it_came_to_lift() -> None:
+    role = intermediate()
+    role.accepted(9, hello(LinkRole.REFORMER, S1, MID), 0.0)
+    active = {"epoch": TWO, "promised": TWO, "code": int(Refusal.ACTIVE), "text": "s1 has taken over"}
+    actions = role.opening.refused(S1, active, 1.0)
+    assert role.opening.phase.name == "FENCED"
+    assert not [action for action in actions if isinstance(action, Close) and action.link == 9]
+    promise = {"epoch": THREE, "dry_run": False, "reform": True}
+    assert role.opening.asked_to_promise(9, promise, 2.0)
+    assert role.phase is Phase.FROZEN
+
+
+def test_a_new_intermediate_waits_for_its_replacement_and_a_reform_under_way_is_not_disturbed() -> None:
+    role = intermediate(epoch=NO_EPOCH, promised=NO_EPOCH)
+    role.opening.behind("secondary 4 holds number 2")
+    assert (role.phase, "is new" in role.opening.reason) == (Phase.FENCED, True)
+    role.accepted(9, hello(LinkRole.REFORMER, S1, MID), 0.0)
+    role.opening.asked_to_promise(9, {"epoch": THREE, "dry_run": False, "reform": True}, 2.0)
+    assert role.opening.behind("secondary 5 holds number 2") == []
+    assert role.phase is Phase.FROZEN
+
+
+def test_an_intermediate_that_cannot_store_never_names_the_epoch_that_was_asked_for() -> None:
+    role = intermediate()
+    role.accepted(9, hello(LinkRole.REFORMER, S1, MID), 0.0)
+    role.opening.asked_to_promise(9, {"epoch": THREE, "dry_run": False, "reform": True}, 0.0)
+    role.opening.tick(1000.0)
+    assert role.phase is not Phase.FROZEN
+    store = {"reform": True, "epoch": THREE, "promise": THREE, "number": 7}
+    answer = said(role.opening.asked_to_store(9, store, 1001.0)[0])
+    assert answer is not None
+    assert answer[2]["epoch"] == ONE
+
+
+def test_one_that_lost_only_its_end_stops_for_good() -> None:
+    role = intermediate()
+    role.opening.behind("secondary 4 holds number 2")
+    assert role.phase is Phase.FAILED
