@@ -161,7 +161,7 @@ def test_takeover_asks_a_secondary_that_answers_and_tells_what_was_lost(group: F
     assert "the secondaries are at number 70, epoch 4 (cdcdcdcd)" in result.out
     assert "lost: 2 writes, 8 KiB" in result.out
     assert "data: /srv/s1/data.img at s1 read-write" in result.out
-    assert group.requests("s2") == [["takeover", {"dry_run": False, "force": False, "read_only": False}]]
+    assert group.requests("s2") == [["takeover", {"dry_run": False, "force": False, "read_only": False, "marker": ""}]]
 
 
 def test_takeover_json_is_the_node_s_answer(group: FakeGroup, run: Run) -> None:
