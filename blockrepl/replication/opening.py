@@ -96,6 +96,8 @@ class Opening:
         if self.phase in (Phase.FENCED, Phase.FAILED):
             return []
         if report["through"] > owner.streams.by_node[node].durable:
+            if report["epoch"].number > owner.state.epoch.number > 0:
+                return self._left_out(report["epoch"])
             return self.behind(f"secondary {node} holds number {report['through']}, which this journal does not have")
         owner.streams.validated = max(owner.streams.validated, report["validated"])
         self._reports[node] = {**report, "link": link}
@@ -155,6 +157,14 @@ class Opening:
             *owner.dismiss_primaries(Refusal.EPOCH, self.reason),
             *owner.dismiss_opener(Refusal.STATE, self.reason),  # it waits for a drain that no secondary takes any more
         ]
+
+    def _left_out(self, epoch: Epoch) -> list[Action]:
+        """A reform has reached the targets, and not us yet: the opener comes with STORE, or it died on its way."""
+        if self.phase in (Phase.FENCED, Phase.REFORMING) or self._anew:
+            return []
+        self._go("fence")
+        self.reason = f"the group was formed anew in epoch {epoch.number} without this intermediate: do that again"
+        return [Event(self.reason), *self._owner.dismiss_primaries(Refusal.STATE, self.reason)]
 
     def behind(self, text: str) -> list[Action]:
         """Others know more than our journal (rule 10): stop for good; a new, empty one waits for its `replace`."""

@@ -168,7 +168,7 @@ def test_takeover_json_is_the_node_s_answer(group: FakeGroup, run: Run) -> None:
     group.plan("s1", answers={"takeover": [{"result": TAKEN}]})
     run("up", group.path)
     assert run("takeover", group.path, "--dry-run", "--force", "--read-only", "--json").json == TAKEN
-    assert group.requests("s1") == [["takeover", {"dry_run": True, "force": True, "read_only": True}]]
+    assert group.requests("s1") == [["takeover", {"dry_run": True, "force": True, "read_only": True, "marker": ""}]]
 
 
 def test_takeover_without_a_running_secondary_says_what_to_start(group: FakeGroup, run: Run) -> None:
@@ -264,6 +264,7 @@ def test_help_names_every_command(run: Run) -> None:
     } | {
         "doctor",
         "explain",
+        "marker",
         "pair",
         "bitmap",
         "replace",

@@ -16,6 +16,7 @@ from tests.replication.roles import (
     arrives,
     hello,
     intermediate,
+    report,
     said,
     saved,
     serving,
@@ -75,3 +76,15 @@ def test_one_that_lost_only_its_end_stops_for_good() -> None:
     role = intermediate()
     role.opening.behind("secondary 4 holds number 2")
     assert role.phase is Phase.FAILED
+
+
+def test_a_target_that_was_formed_anew_first_does_not_look_like_a_lost_journal() -> None:
+    formed = report(S1, epoch=THREE, promised=THREE, through=50)
+    role = intermediate()
+    role.accepted(9, hello(LinkRole.REFORMER, S1, MID), 0.0)
+    role.opening.asked_to_promise(9, {"epoch": THREE, "dry_run": False, "reform": True}, 0.0)
+    assert role.opening.greeted(S1, 200, formed, 1.0) == []
+    assert role.phase is Phase.FROZEN
+    left = intermediate()  # the opener died before it came here
+    left.opening.greeted(S1, 200, formed, 1.0)
+    assert (left.opening.phase.name, "do that again" in left.opening.reason) == ("FENCED", True)
