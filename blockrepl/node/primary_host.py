@@ -219,7 +219,7 @@ class PrimaryHost(Host):
 
     def _save_bitmaps(self, action: SaveBits) -> None:
         def saved() -> None:
-            self.perform(self.role.done(action.token, self.clock.now_s()))
+            self.perform(self.role.bits_saved(action.token, self.clock.now_s()))
             self.settle()
 
         try:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from blockrepl.bitmap import Bitmap
 from blockrepl.block import WriteBatch
 
-FOLD_AT = 4096  # batches; then the older ones become bits, in memory
+FOLD_AT = 4096  # batches; beyond them the oldest become bits, in memory
 
 Columns = tuple[int, int, list[int], list[int]]
 """(number, volume, offsets, lengths) of a batch that was acknowledged at or below the number."""
@@ -23,7 +23,9 @@ Columns = tuple[int, int, list[int], list[int]]
 class Unconfirmed:
     """Ranges of batches above min(validated, checkpoint): the secondaries, or the P-VOL's disk, may not have them.
 
-    Invariant: every acknowledged batch with a number above `confirmed` is in here.
+    Between START and END a takeover goes back to where the copy began: nothing is confirmed then (PROTOCOL, rule 20).
+
+    Invariant: every acknowledged batch with a number above what was confirmed is in here.
     """
 
     def __init__(self, bitmaps: Mapping[int, Bitmap]) -> None:
@@ -37,37 +39,36 @@ class Unconfirmed:
         columns = self._columns
         columns.append((number, volume, offsets, lengths))
         if len(columns) > FOLD_AT:
-            self._fold()
+            self._fold(columns.popleft())
 
     def columns(self) -> Iterator[Columns]:
         """For people: what is in here, oldest first, but what was folded into bits."""
         return iter(self._columns)
 
-    def confirmed(self, number: int) -> None:
-        """Everything up to ``number`` is validated, and durable in the P-VOLs."""
+    def confirmed(self, number: int, *, copying: bool) -> None:
+        """Everything up to ``number`` is validated, and durable in the P-VOLs. ``copying``: between START and END."""
         columns = self._columns
         while columns and columns[0][0] <= number:
-            columns.popleft()
-        if self._folded_through and number >= self._folded_through:
+            oldest = columns.popleft()
+            if copying:
+                self._fold(oldest)
+        if self._folded_through and number >= self._folded_through and not copying:
             self._folded.clear()
             self._folded_through = 0
 
-    def _fold(self) -> None:
-        for _ in range(FOLD_AT // 2):
-            number, volume, offsets, lengths = self._columns.popleft()
-            bitmap = self._folded.get(volume)
-            if bitmap is None:
-                like = self._bitmaps[volume]
-                bitmap = self._folded[volume] = Bitmap(like.size_bytes, like.block_bytes)
-            for offset, length in zip(offsets, lengths, strict=True):
-                bitmap.mark(offset, length)
-            self._folded_through = max(self._folded_through, number)
+    def _fold(self, columns: Columns) -> None:
+        number, volume, offsets, lengths = columns
+        bitmap = self._folded.get(volume)
+        if bitmap is None:
+            like = self._bitmaps[volume]
+            bitmap = self._folded[volume] = Bitmap(like.size_bytes, like.block_bytes)
+        mark(bitmap, offsets, lengths)
+        self._folded_through = max(self._folded_through, number)
 
     def mark(self) -> None:
         """Set the bits of everything in here."""
         for _, volume, offsets, lengths in self._columns:
-            for offset, length in zip(offsets, lengths, strict=True):
-                self._bitmaps[volume].mark(offset, length)
+            mark(self._bitmaps[volume], offsets, lengths)
         for volume, bitmap in self._folded.items():
             for first, bits in bitmap.pieces():
                 self._bitmaps[volume].merge(first, bits)
@@ -77,6 +78,14 @@ class Unconfirmed:
         self._columns.clear()
         self._folded.clear()
         self._folded_through = 0
+
+
+def mark(bitmap: Bitmap, offsets: list[int], lengths: list[int]) -> bool:
+    """Set the bits of a batch. True: some were clear."""
+    before = bitmap.count
+    for offset, length in zip(offsets, lengths, strict=True):
+        bitmap.mark(offset, length)
+    return bitmap.count != before
 
 
 @dataclass(slots=True)
@@ -99,17 +108,16 @@ class SoloWrites:
         self._waiting: deque[Solo] = deque()
         self._covered = 0  # of those waiting, how many the save under way covers
         self.size_bytes = 0
+        self.saves = 0  # of bits, under way: what is set may not be durable yet
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def add(self, volume: int, batch: WriteBatch, *, report: bool = True) -> bool:
         """Mark its bits. True: all of them are durable already, and no write waits: it may be stored now."""
-        new = False
         bitmap = self._bitmaps[volume]
-        for offset, length in zip(batch.offsets, batch.lengths, strict=True):
-            new = bitmap.mark(offset, length) or new
-        if not new and not self._waiting and not bitmap.changed:
+        new = mark(bitmap, batch.offsets, batch.lengths)
+        if not (new or self._waiting or self.saves or bitmap.changed):
             return True
         self._waiting.append(Solo(volume, batch, report))
         self.size_bytes += batch.size_bytes

@@ -15,10 +15,12 @@ CHUNK_BYTES = 256 << 10  # one copy record
 WINDOW_CHUNKS = 8  # being read, or not acknowledged yet
 DIGEST_BYTES = 1 << 20  # blocks compared by one digest record
 DIGEST_WINDOW = 4
-DIGEST_AGAIN_S = 10.0  # a secondary that restarts forgets what it was asked
+ANSWER_S = 10.0  # a comparison that was journaled this long ago, and not answered, is asked for again
 
 Range = tuple[int, int, int]
 """(volume, start, end) in bytes."""
+Key = tuple[int, int]
+"""(volume, start in bytes) of a range under way."""
 
 
 class Copier:
@@ -33,7 +35,8 @@ class Copier:
     ) -> None:  # fmt: skip
         """``cursor``: (volume, block) to go on from; (0, 0) for the beginning. ``rate_bytes``: a second, 0 for any.
 
-        ``verify``: every block is compared, and copied if it differs; ``compare``: so are those that the bitmaps say.
+        The rate is that of bytes read, be it for copies or for digests. ``verify``: every block is compared, and
+        copied if it differs; ``compare``: so are those that the bitmaps say.
         """
         self.resync = resync
         self.rate_bytes = rate_bytes
@@ -42,22 +45,21 @@ class Copier:
         self.copied_bytes = 0
         self.compared_bytes = 0
         self._bitmaps = bitmaps
-        self._found: deque[Range] = deque()  # differences
-        self._here: set[tuple[int, int]] = set()  # (volume, start) of those that only the intermediate volume lacks
-        self._flying: deque[Range] = deque()  # handed out and not acknowledged, in order
-        self._digests: dict[tuple[int, int], tuple[int, float]] = {}  # (volume, start) → end, when asked; no answer yet
+        self._found: deque[Range] = deque()  # differences, and copies to be made again
+        self._here: set[Key] = set()  # those that only the intermediate volume lacks
+        self._flying: dict[Key, int] = {}  # copies handed out and not acknowledged → end
+        self._digests: dict[Key, int] = {}  # asked and not answered → end
+        self._journaled_s: dict[Key, float] = {}  # digests that are durable in the journal, since when
         self._again: deque[Range] = deque()  # digests to be asked again
         self._todo = self._whole() if verify else self._dirty(cursor)
-        self._cursor = cursor
+        self._reached = cursor  # (volume, block) up to which the bitmaps were looked through
         self._exhausted = False
         self._metadata = sorted(bitmaps)  # volumes whose metadata is to be copied
         self._metadata_flying: set[int] = set()
         self._budget_bytes = 0.0
         self._budget_s = now_s
         self.total_bytes = (
-            sum(bitmap.size_bytes for bitmap in bitmaps.values())
-            if verify
-            else sum(end - start for _, start, end in self._dirty(cursor))
+            sum(bitmap.size_bytes for bitmap in bitmaps.values()) if verify else self._dirty_bytes(cursor)
         )
 
     def _whole(self) -> Iterator[Range]:
@@ -73,7 +75,18 @@ class Copier:
             most = max(1, CHUNK_BYTES // bitmap.block_bytes)
             for block, count in bitmap.runs(first_block, most):
                 start = block * bitmap.block_bytes
+                self._reached = volume, block + count
                 yield volume, start, min(start + count * bitmap.block_bytes, bitmap.size_bytes)
+
+    def _dirty_bytes(self, cursor: tuple[int, int]) -> int:
+        total = 0
+        for volume, bitmap in self._bitmaps.items():
+            if volume > cursor[0]:
+                total += bitmap.dirty_bytes
+            elif volume == cursor[0]:
+                done = int.from_bytes(bitmap.bits, "little") & (1 << cursor[1]) - 1
+                total += max(0, bitmap.dirty_bytes - done.bit_count() * bitmap.block_bytes)
+        return total
 
     def next_copy(self, now_s: float) -> Range | None:
         """A range to be copied now; it is under way until `acknowledged`."""
@@ -82,7 +95,7 @@ class Copier:
         found = self._found.popleft() if self._found else (None if self.compares else self._next())
         if found is None:
             return None
-        self._flying.append(found)
+        self._flying[found[:2]] = found[2]
         self._budget_bytes -= found[2] - found[1]
         return found
 
@@ -99,18 +112,15 @@ class Copier:
         self._metadata_flying.discard(volume)
 
     def next_digest(self, now_s: float) -> Range | None:
-        """A range to be compared now; it is under way until `compared`. One that is not answered is asked again."""
-        if not self.compares:
+        """A range to be compared now; it is under way until `compared`."""
+        if not self.compares or len(self._digests) >= DIGEST_WINDOW or len(self._found) >= WINDOW_CHUNKS:
             return None
-        for (volume, start), (end, asked_s) in self._digests.items():
-            if now_s - asked_s >= DIGEST_AGAIN_S:
-                self._digests[volume, start] = end, now_s
-                return volume, start, end
-        if len(self._digests) >= DIGEST_WINDOW or len(self._found) >= WINDOW_CHUNKS:
+        if not self._may(now_s):
             return None
         found = self._again.popleft() if self._again else self._next()
         if found is not None:
-            self._digests[found[0], found[1]] = found[2], now_s
+            self._digests[found[:2]] = found[2]
+            self._budget_bytes -= found[2] - found[1]
         return found
 
     def _next(self) -> Range | None:
@@ -135,10 +145,10 @@ class Copier:
 
         False: it was not asked for by this resync.
         """
-        asked = self._digests.pop((volume, start), None)
-        if asked is None:
+        end = self._digests.pop((volume, start), None)
+        self._journaled_s.pop((volume, start), None)
+        if end is None:
             return False
-        end = asked[0]
         self.compared_bytes += end - start
         size_bytes = self._bitmaps[volume].size_bytes
         self._here.difference_update((volume, offset) for offset in different)
@@ -153,32 +163,42 @@ class Copier:
 
     def acknowledged(self, volume: int, start: int) -> None:
         """A copy is durable in the journal."""
-        for index, each in enumerate(self._flying):
-            if each[:2] == (volume, start):
-                del self._flying[index]
-                self.copied_bytes += each[2] - start
-                break
-        if not self.compares:
-            at = self._flying[0][:2] if self._flying else (volume, start)
-            self._cursor = at[0], at[1] // self._bitmaps[at[0]].block_bytes
+        end = self._flying.pop((volume, start), None)
+        if end is not None:
+            self.copied_bytes += end - start
 
-    def interrupted(self, copies: set[tuple[int, int]], digests: set[tuple[int, int]]) -> None:
+    def asked(self, volume: int, start: int, now_s: float) -> None:
+        """A digest record is durable in the journal: the secondary's answer is due."""
+        if (volume, start) in self._digests:
+            self._journaled_s[volume, start] = now_s
+
+    def ask_again(self, now_s: float) -> None:
+        """Answers travel on links, and are lost with them: what was journaled long ago is compared once more."""
+        for key in [key for key, since_s in self._journaled_s.items() if now_s - since_s > ANSWER_S]:
+            del self._journaled_s[key]
+            self._again.append((*key, self._digests.pop(key)))
+
+    def interrupted(self, copies: set[Key], digests: set[Key]) -> None:
         """The link broke. What is in ``copies`` and ``digests`` will be sent again; the rest starts anew."""
-        for each in list(self._flying):
-            if each[:2] not in copies:
-                self._flying.remove(each)
-                self._found.appendleft(each)
+        self._found.extendleft(
+            (*key, self._flying.pop(key)) for key in sorted(self._flying.keys() - copies, reverse=True)
+        )
         self._metadata = sorted({*self._metadata, *self._metadata_flying})
         self._metadata_flying.clear()
-        for (volume, start), (end, _) in list(self._digests.items()):
-            if (volume, start) not in digests:
-                del self._digests[volume, start]
-                self._again.append((volume, start, end))
+        for key in sorted(self._digests.keys() - digests):
+            self._journaled_s.pop(key, None)
+            self._again.append((*key, self._digests.pop(key)))
 
     @property
     def cursor(self) -> tuple[int, int]:
         """(volume, block) to go on from after a restart; what compares begins anew."""
-        return (0, 0) if self.compares or self._found else self._cursor
+        if self.compares:
+            return 0, 0
+        open_ranges = [*self._flying, *(each[:2] for each in self._found)]
+        if not open_ranges:
+            return self._reached
+        volume, start = min(open_ranges)
+        return volume, start // self._bitmaps[volume].block_bytes
 
     @property
     def done(self) -> bool:

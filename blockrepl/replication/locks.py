@@ -5,7 +5,6 @@ Digests and copies go through here, so that each speaks of one sequence number (
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from enum import Enum
 
@@ -27,17 +26,19 @@ COPIES = frozenset({Purpose.COPY, Purpose.COPY_HERE})
 
 Lock = tuple[Purpose, int, int, int]
 """(purpose, volume, start, end) in bytes."""
+Waiting = tuple[int, WriteBatch, float]
+"""(volume, batch, since when in seconds)."""
 
 
 class RangeLocks:
-    """Invariant: a batch that waits here touches a locked range, or stands behind one that does."""
+    """Invariant: a batch that waits here touches a locked range, or overlaps one that waits before it."""
 
     def __init__(self, queue: PendingQueue) -> None:
         self._queue = queue
         self._locks: dict[int, Lock] = {}
         self._reading: set[int] = set()
-        self._deferred: deque[tuple[int, WriteBatch, float]] = deque()
-        self.deferred_bytes = 0
+        self._waiting: list[Waiting] = []
+        self.waiting_bytes = 0
 
     def __len__(self) -> int:
         return len(self._locks)
@@ -56,41 +57,52 @@ class RangeLocks:
                 found.append((token, lock))
         return found
 
-    def release(self, token: int) -> Lock:
-        """The range is read, and its record queued: see `let_go`."""
+    def release(self, token: int) -> Lock | None:
+        """The range is read, and its record goes before what waits: see `let_go`. None: given up meanwhile."""
         self._reading.discard(token)
-        return self._locks.pop(token)
+        return self._locks.pop(token, None)
 
     def abort(self) -> list[Lock]:
         """Give up ranges that still wait for writes in flight: nobody knows when those come through."""
         return [self._locks.pop(token) for token in [token for token in self._locks if token not in self._reading]]
+
+    def void(self) -> list[Waiting]:
+        """Give up every range: what is read now says nothing of what is written next. Returns all that waits."""
+        self._locks.clear()
+        self._reading.clear()
+        waiting, self._waiting = self._waiting, []
+        self.waiting_bytes = 0
+        return waiting
 
     def reading(self) -> list[Lock]:
         """Ranges that are being read."""
         return [self._locks[token] for token in self._reading]
 
     def must_wait(self, volume: int, batch: WriteBatch) -> bool:
-        """Behind a locked range, or behind a batch that waits for one (order)."""
-        return bool(self._deferred) or self._locked(volume, batch)
+        """Behind a locked range, or behind a batch that it overlaps and that waits for one (order)."""
+        return self._locked(volume, batch) or _overlaps_any(volume, batch, self._waiting)
 
     def defer(self, volume: int, batch: WriteBatch, now_s: float) -> None:
         """Let a batch wait."""
-        self._deferred.append((volume, batch, now_s))
-        self.deferred_bytes += batch.size_bytes
+        self._waiting.append((volume, batch, now_s))
+        self.waiting_bytes += batch.size_bytes
 
-    def let_go(self) -> Iterator[tuple[int, WriteBatch, float]]:
+    def let_go(self) -> Iterator[Waiting]:
         """Batches that need not wait any more, in order; each is to be queued before the next is asked for."""
-        while self._deferred and not self._locked(*self._deferred[0][:2]):
-            volume, batch, since_s = self._deferred.popleft()
-            self.deferred_bytes -= batch.size_bytes
-            yield volume, batch, since_s
-
-    def give_up(self) -> list[tuple[int, WriteBatch, float]]:
-        """Everything that waits: the primary has failed."""
-        waiting = list(self._deferred)
-        self._deferred.clear()
-        self.deferred_bytes = 0
-        return waiting
+        waiting, self._waiting = self._waiting, []
+        for volume, batch, since_s in waiting:
+            if self.must_wait(volume, batch):
+                self._waiting.append((volume, batch, since_s))
+            else:
+                self.waiting_bytes -= batch.size_bytes
+                yield volume, batch, since_s
 
     def _locked(self, volume: int, batch: WriteBatch) -> bool:
         return any(volume == v and touches(batch, start, end) for _, v, start, end in self._locks.values())
+
+
+def _overlaps_any(volume: int, batch: WriteBatch, others: list[Waiting]) -> bool:
+    return any(
+        volume == theirs and any(touches(batch, o, o + n) for o, n in zip(each.offsets, each.lengths, strict=True))
+        for theirs, each, _ in others
+    )

@@ -7,62 +7,45 @@ replaying its own records above its checkpoint (PROTOCOL, rules 1 to 8).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
 from blockrepl.bitmap import Bitmap
-from blockrepl.block import Buffer, Op, WriteBatch
+from blockrepl.block import Buffer, WriteBatch
 from blockrepl.errors import ProtocolError
 from blockrepl.formats.journal import frame_bytes
-from blockrepl.formats.link import (
-    Epoch,
-    LinkRole,
-    Message,
-    Pair,
-    bulk_header,
-    encode,
-)
-from blockrepl.formats.record import (
-    DIGEST_BYTES,
-    OP_DIGEST,
-    RecordFlag,
-    RecordHead,
-    RecordKind,
-    encode_record,
-    iterate_entries,
-)
+from blockrepl.formats.link import Message, Pair, bulk_header, encode
+from blockrepl.formats.record import RecordHead, RecordKind, encode_record
 from blockrepl.formats.state import PrimaryState
 from blockrepl.replication.actions import (
     Action,
     Close,
-    DigestBlocks,
     Digested,
     Event,
     FailBatch,
-    ReadBlocks,
-    ReadMetadata,
+    SaveBits,
     SaveState,
     Send,
     StoreBatch,
-    StoreRecord,
     SyncVolumes,
 )
-from blockrepl.replication.alone import SoloWrites, Unconfirmed
-from blockrepl.replication.greeting import Introduction
-from blockrepl.replication.locks import COPIES, Purpose, RangeLocks
+from blockrepl.replication.alone import SoloWrites, Unconfirmed, mark
+from blockrepl.replication.checkpoints import Checkpoints, Then
+from blockrepl.replication.joining import Joining
+from blockrepl.replication.locks import RangeLocks
 from blockrepl.replication.machine import Machine
 from blockrepl.replication.pending import PendingQueue, PendingRecord
 from blockrepl.replication.policy import Policy
+from blockrepl.replication.reading import Reading
 from blockrepl.replication.resyncing import Resyncing
 from blockrepl.replication.suspension import Suspension
 
-Then = Callable[[float], list[Action]]
 NEVER = 1 << 64
 
 
 class Phase(Enum):
-    """Where a primary is. It serves reads from DETACHED on, and completes writes only in LIVE."""
+    """Where a primary is. It serves reads from DETACHED on, and completes writes in LIVE and, alone, when suspended."""
 
     FRESH = "fresh"  # started; must replay before anyone may read
     FRESH_GREETING = "greeting"  # HELLO sent, not recovered
@@ -75,6 +58,7 @@ class Phase(Enum):
     ALONE = "suspended"  # suspended, no link; writes complete alone where that is allowed
     ALONE_GREETING = "suspended, greeting"
     JOINED = "suspended, joined"  # linked; a resync is the way back
+    REJOINING = "rejoining"  # a resync begins: making that durable; no write completes
     FAILED = "failed"  # a disk error: nothing is completed any more
 
 
@@ -91,24 +75,25 @@ TABLE: dict[tuple[Phase, str], Phase] = {
     (Phase.GREETING, "welcome"): Phase.LIVE,
     (Phase.GREETING, "lost"): Phase.DETACHED,
     (Phase.LIVE, "lost"): Phase.DETACHED,
+    (Phase.FRESH, "suspend"): Phase.SUSPENDING,  # only when an operator lets it
     (Phase.DETACHED, "suspend"): Phase.SUSPENDING,
-    (Phase.GREETING, "suspend"): Phase.SUSPENDING,
-    (Phase.LIVE, "suspend"): Phase.SUSPENDING,
-    (Phase.SUSPENDING, "lost"): Phase.SUSPENDING,
     (Phase.SUSPENDING, "suspended"): Phase.ALONE,
-    (Phase.ALONE, "lost"): Phase.ALONE,  # the link that it went alone with
     (Phase.ALONE, "connected"): Phase.ALONE_GREETING,
     (Phase.ALONE_GREETING, "welcome"): Phase.JOINED,
     (Phase.ALONE_GREETING, "lost"): Phase.ALONE,
     (Phase.JOINED, "lost"): Phase.ALONE,
-    (Phase.JOINED, "resync"): Phase.LIVE,
-    (Phase.JOINED, "suspend"): Phase.SUSPENDING,  # suspended again while it was made ready for a resync
+    (Phase.JOINED, "resync"): Phase.REJOINING,
+    (Phase.REJOINING, "lost"): Phase.ALONE,
+    (Phase.REJOINING, "lost, following"): Phase.DETACHED,  # it is being stored that the journal counts again
+    (Phase.REJOINING, "rejoined"): Phase.LIVE,
     **{(phase, "reform"): Phase.ALONE for phase in Phase if phase is not Phase.FAILED},
     **{(phase, "failed"): Phase.FAILED for phase in Phase},
     (Phase.FAILED, "lost"): Phase.FAILED,
 }
 SUSPENDED = frozenset({Phase.ALONE, Phase.ALONE_GREETING, Phase.JOINED})
-SERVING = frozenset({Phase.DETACHED, Phase.GREETING, Phase.LIVE, Phase.SUSPENDING}) | SUSPENDED
+FOLLOWING = frozenset({Phase.FRESH, Phase.FRESH_GREETING, Phase.DETACHED, Phase.GREETING, Phase.LIVE})
+JOINED = frozenset({Phase.LIVE, Phase.JOINED, Phase.REJOINING})
+SERVING = frozenset({Phase.DETACHED, Phase.GREETING, Phase.SUSPENDING}) | SUSPENDED | JOINED
 
 
 class Primary:
@@ -130,14 +115,15 @@ class Primary:
         policy: Policy,
         bitmaps: Mapping[int, Bitmap] | None = None,
         clean: bool = True,
+        alone: bool = False,
     ) -> None:
         """``streams``: volume id → secondary id. ``state.incarnation`` was raised durably by this process.
 
-        ``bitmaps``: volume id → bits. ``clean``: the process before this one stopped with its bits stored.
+        ``bitmaps``: volume id → bits. ``clean``: the process before this one stopped with its bits stored. ``alone``:
+        with fence never it may go alone though it never met the intermediate (rule 24).
         """
         self.group = group
         self.node = node
-        self._me = Introduction(group, node, name, LinkRole.PRIMARY)
         self.intermediate = intermediate
         self.streams = streams
         self.policy = policy
@@ -148,34 +134,30 @@ class Primary:
         self.queue = PendingQueue()
         self.next_batch = 1
         self.acked = state.checkpoint  # highest number known acknowledged; all of it is stored (page cache)
-        self.checkpoint = state.checkpoint  # stored durably: others may be told (rule 7)
         self.validated = 0
         self.refusal = ""  # why the intermediate last refused, or why we stopped
-        self._link = 0
-        self._nonce = b""
+        self.link = 0  # to the intermediate; 0 for none
         self._credit = 0
         self._credit_used = 0
-        self._welcome: dict[str, Any] = {}
-        self._replayed = 0
         self._heard_s = 0.0
         self._beat_s = 0.0
         self._stamp_ns = 0
-        self.stamp_received_s: float | None = None  # when the newest of the intermediate's stamps came, ever
+        self.stamp_received_s: float | None = None  # when the newest of the intermediate's stamps came, at the latest
         self._token = 0
-        self._tokens: dict[int, tuple[str, int]] = {}
-        self._then: dict[int, Then] = {}
-        self._checkpointing = False
-        self._checkpoint_s = 0.0
-        self._uncheckpointed_bytes = 0
+        self._then: dict[int, tuple[int, Then]] = {}  # token → (era, what follows)
+        self._era = 1
         self.numbering = True  # the intermediate numbers batches
         self.pair = Pair.PAIR  # of the group, as the intermediate says
-        self.welcomed_through = 0
+        self._foreign_batches = False  # what waits has numbers of another journal, or counts what was never sent
         self._trusted_from = 0 if clean else NEVER  # ranges at or below it are not known
         self.locks = RangeLocks(self.queue)
         self.unconfirmed = Unconfirmed(self.bitmaps)
         self.solo = SoloWrites(self.bitmaps)
-        self.suspension = Suspension(self)
+        self.checkpoints = Checkpoints(self)
+        self.joining = Joining(self, name)
+        self.reading = Reading(self)
         self.resyncing = Resyncing(self)
+        self.suspension = Suspension(self, asked=alone)
 
     # what the host of this role asks
 
@@ -190,14 +172,9 @@ class Primary:
         return self.machine.state in SERVING
 
     @property
-    def link(self) -> int:
-        """The link to the intermediate, 0 for none."""
-        return self._link
-
-    @property
     def congested(self) -> bool:
         """Front ends must stop reading from their hosts."""
-        waiting = self.queue.size_bytes + self.locks.deferred_bytes + self.solo.size_bytes
+        waiting = self.queue.size_bytes + self.locks.waiting_bytes + self.solo.size_bytes
         return waiting >= self.policy.pending_bytes
 
     @property
@@ -211,9 +188,44 @@ class Primary:
         return self.machine.state is Phase.LIVE
 
     @property
+    def joined(self) -> bool:
+        """Welcomed, with nothing to replay."""
+        return self.machine.state in JOINED
+
+    @property
+    def replaying(self) -> bool:
+        """Its own records come back."""
+        return self.machine.state is Phase.REPLAYING
+
+    @property
+    def rejoining(self) -> bool:
+        """A resync begins, and no write completes."""
+        return self.machine.state is Phase.REJOINING
+
+    @property
+    def suspended(self) -> bool:
+        """Without the group; whether writes complete is another question."""
+        return self.machine.state in SUSPENDED
+
+    @property
     def suspending(self) -> bool:
         """About to go on alone."""
         return self.machine.state is Phase.SUSPENDING
+
+    @property
+    def may_go_alone(self) -> bool:
+        """Where "suspend" leads on from, once the link is gone."""
+        return self.machine.state in FOLLOWING and not self.suspension.reforming
+
+    @property
+    def failing(self) -> bool:
+        """Stopped after a disk error."""
+        return self.machine.state is Phase.FAILED
+
+    @property
+    def copying(self) -> bool:
+        """Between START and END, as far as it knows: a takeover goes back to where the copy began (rule 20)."""
+        return bool(self.state.resync) or self.resyncing.begins or self.pair is Pair.COPY
 
     @property
     def trusted(self) -> bool:
@@ -237,15 +249,16 @@ class Primary:
         """Take a batch of one volume. It is completed by `StoreBatch` or, held too long, by `FailBatch`."""
         if self.machine.state is Phase.FAILED:
             return [FailBatch(volume, batch, "the primary stopped after a disk error")]
-        if self.state.alone and self.machine.state in SUSPENDED and not self.fenced and not self.resyncing.begins:
+        if self.suspension.completes:
             return self.suspension.write(volume, batch)
         if len(self.locks) and self.locks.must_wait(volume, batch):
             self.locks.defer(volume, batch, now_s)
             return []
-        self._enqueue(volume, batch, now_s)
-        return self._send_more()
+        self.enqueue(volume, batch, now_s)
+        return self.send_more()
 
-    def _enqueue(self, volume: int, batch: WriteBatch, now_s: float, *, failed: bool = False) -> None:
+    def enqueue(self, volume: int, batch: WriteBatch, now_s: float, *, failed: bool = False) -> None:
+        """Make a record of a batch, behind all that waits."""
         head, size = encode_record(
             RecordKind.UPDATE, self.group, self.node, self.streams[volume], self.state.incarnation, self.next_batch,
             volume, batch.ops, batch.flags, batch.offsets, batch.lengths, batch.payloads, batch.size_bytes,
@@ -261,20 +274,10 @@ class Primary:
     def mark_pending(self, record: PendingRecord) -> None:
         """Set the bits of a write whose fate is open."""
         if record.batch is not None:
-            bitmap = self.bitmaps[record.volume]
-            for offset, length in zip(record.batch.offsets, record.batch.lengths, strict=True):
-                bitmap.mark(offset, length)
+            mark(self.bitmaps[record.volume], record.batch.offsets, record.batch.lengths)
 
-    def begin_anew(self) -> None:
-        """The group was formed anew: nothing that was acknowledged or validated counts any more."""
-        self.machine.go("reform")
-        self._link, self._welcome = 0, {}
-        self.acked = self.checkpoint = self.validated = self.welcomed_through = 0
-        self.numbering = False
-        self.unconfirmed.clear()
-        self.queue.rewind()
-
-    def _send_more(self) -> list[Action]:
+    def send_more(self) -> list[Action]:
+        """What the credit allows."""
         if self.machine.state is not Phase.LIVE or not self.numbering:
             return []
         actions: list[Action] = []
@@ -284,66 +287,71 @@ class Primary:
             self._credit_used += record.frame_bytes
             sent.append(record)
             header = bulk_header(Message.BATCH, self.state.epoch.number, record.size_bytes)
-            actions.append(Send(self._link, [header, *record.buffers]))
+            actions.append(Send(self.link, [header, *record.buffers]))
         return actions
 
     def acknowledged(self, batch: int, number: int, now_s: float) -> list[Action]:
         """Every batch up to ``batch`` is durable in the journal; the last of them has ``number``."""
         actions: list[Action] = []
-        add = self.unconfirmed.add
+        add, size_bytes = self.unconfirmed.add, 0
         for record in self.queue.acknowledged(batch):
-            self._uncheckpointed_bytes += record.size_bytes
+            size_bytes += record.size_bytes
             written = record.batch
             if written is not None:
                 actions.append(StoreBatch(record.volume, written, not record.failed))
                 add(number, record.volume, written.offsets, written.lengths)
-            elif record.copy is not None and self.resyncing.copier is not None:
-                self.resyncing.copier.acknowledged(*record.copy)
-            elif record.metadata is not None and self.resyncing.copier is not None:
-                self.resyncing.copier.metadata_done(record.metadata)
+            else:
+                self.resyncing.acknowledged(record, now_s)
         self.acked = max(self.acked, number)
-        self.unconfirmed.confirmed(min(self.validated, self.checkpoint))
+        self.confirm()
         if len(self.locks):
-            actions += self.read_ready()
+            actions += self.reading.ready()
         if self.resyncing.copier is not None:
             actions += self.resyncing.copy_more(now_s)
-        if self._uncheckpointed_bytes >= self.policy.checkpoint_bytes:
-            actions += self._checkpoint(now_s)
-        return actions
+        return actions + self.checkpoints.stored(size_bytes, now_s)
+
+    def confirm(self) -> None:
+        """What is validated, and durable in the P-VOLs, need not be remembered."""
+        self.unconfirmed.confirmed(min(self.validated, self.checkpoints.told), copying=self.copying)
+
+    def know_all(self) -> None:
+        """Both ends are the same, but for what is remembered."""
+        self._trusted_from = 0
 
     # the link
 
     def connected(self, link: int, nonce: bytes, now_s: float) -> list[Action]:
         """A connection to the intermediate is up: greet. ``nonce``: 16 random bytes."""
-        if not self.machine.may("connected"):
+        if self.suspension.reforming or not self.machine.may("connected"):
             return [Close(link, "not now")]
         self.machine.go("connected")
-        self._link, self._nonce, self._heard_s, self._welcome = link, nonce, now_s, {}
-        state = self.state
-        hello = self._me.hello(
-            self.intermediate, nonce, epoch=state.epoch, promised=state.promised, incarnation=state.incarnation,
-            highest=self.acked, checkpoint=self.checkpoint, fresh=not self.serving,
-            suspended=bool(state.suspended), trusted=state.trusted or not state.suspended, direction=state.direction,
-        )  # fmt: skip
-        return [Send(link, [hello])]
+        self.link, self._heard_s = link, now_s
+        return self.joining.hello(link, nonce)
 
     def lost(self, link: int, now_s: float) -> list[Action]:
         """A link is gone. Writes in flight are kept and will be sent again."""
-        if link != self._link:
-            return []
-        self._link = 0
+        return self._unlink() if link == self.link else []
+
+    def drop_link(self, reason: str) -> list[Action]:
+        """Close the link, if there is one: what comes on it is not heard any more."""
+        return [Close(self.link, reason), *self._unlink()] if self.link else []
+
+    def _unlink(self) -> list[Action]:
+        self.link = 0
         self._credit = self._credit_used = 0
         self._stamp_ns = 0
         self.queue.rewind()
-        if self.machine.may("lost"):
-            self.machine.go("lost")
-        aborted = self._abort_locks(now_s)
+        following = self.machine.state is Phase.REJOINING and not self.state.suspended
+        event = "lost, following" if following else "lost"
+        if self.machine.may(event):
+            self.machine.go(event)
+        aborted = self.reading.abort()
         self.resyncing.lost()
-        return aborted
+        return [*aborted, *self.suspension.complete_waiting()]
 
     def received(self, link: int, kind: int, fields: dict[str, Any], now_s: float) -> list[Action]:
         """A control message. Raises ProtocolError: the host then closes the link and calls `lost`."""
-        if link != self._link:
+        if link != self.link:
             return []
         self._heard_s = now_s
         if kind == Message.ACK:
@@ -351,17 +359,16 @@ class Primary:
         if kind == Message.HEARTBEAT:
             return self._heartbeat(fields, now_s)
         if kind == Message.WELCOME:
-            return self._take_welcome(fields, now_s)
+            return self.joining.welcome(fields, now_s)
         if kind == Message.REFUSED:
-            return self._refused(fields)
+            return self.joining.refused(fields)
         if kind == Message.REPLAYED:
-            return self._take_replayed(fields)
+            return self.joining.replayed(fields)
         if kind == Message.DIGESTED:
-            if self.resyncing.compared(fields, now_s):
-                return self.resyncing.copy_more(now_s)
-            return [Digested(fields)]
+            return self.resyncing.copy_more(now_s) if self.resyncing.compared(fields) else [Digested(fields)]
         if kind == Message.SUSPEND:
-            return self.suspension.told(fields["pair"], fields["number"])
+            self.pair = Pair(fields["pair"])
+            return self.suspension.told(fields["number"])
         if kind == Message.BITMAP:
             return self.resyncing.bits(fields)
         if kind == Message.RESYNC:
@@ -369,6 +376,13 @@ class Primary:
         if kind == Message.RESYNCED:
             return self.resyncing.ended(fields["id"])
         raise ProtocolError(f"{Message(kind).name} does not belong on a primary's link")
+
+    def record(self, link: int, head: RecordHead, record: memoryview, now_s: float) -> list[Action]:
+        """A record of this primary's own comes back while replaying. Raises ProtocolError."""
+        if link != self.link:
+            return []
+        self._heard_s = now_s
+        return self.joining.record(head, record)
 
     def _ack(self, fields: dict[str, Any], now_s: float) -> list[Action]:
         if self.machine.state is not Phase.LIVE:
@@ -379,7 +393,7 @@ class Primary:
             raise ProtocolError(f"ACK of batch {fields['batch']}, which was not sent")
         self._credit = max(self._credit, fields["credit"])
         self.validated = max(self.validated, fields["validated"])
-        return self.acknowledged(fields["batch"], fields["number"], now_s) + self._send_more()
+        return self.acknowledged(fields["batch"], fields["number"], now_s) + self.send_more()
 
     def _heartbeat(self, fields: dict[str, Any], now_s: float) -> list[Action]:
         if fields["stamp_ns"] > self._stamp_ns:  # an answer to an older one says no more than it did
@@ -389,193 +403,117 @@ class Primary:
                 self._beat_s = float("-inf")  # echo it at once: others wait for it (rule 16)
         self.pair = Pair(fields["pair"])
         self.validated = max(self.validated, fields["validated"])
-        self.unconfirmed.confirmed(min(self.validated, self.checkpoint))
+        self.confirm()
         if self.machine.state is not Phase.LIVE:
             return []
         self._credit = max(self._credit, fields["credit"])
-        return self._send_more()
+        return self.send_more()
 
-    def _refused(self, fields: dict[str, Any]) -> list[Action]:
-        self.refusal = fields["text"]
-        actions: list[Action] = [Event(f"the intermediate refused: {fields['text']}", {"code": fields["code"]})]
-        higher: Epoch = max(fields["epoch"], fields["promised"])
-        if higher.number > self.state.promised.number:  # whatever it was refused for (rule 24)
-            self.state.promised = higher
-            actions.append(self._save("fence"))
-        return [*actions, Close(self._link, "refused")]
+    # steps of joining
 
-    def _take_welcome(self, fields: dict[str, Any], now_s: float) -> list[Action]:
-        if not self.machine.may("welcome") or self._welcome:
-            raise ProtocolError("WELCOME was not asked for")
-        if fields["nonce"] != self._nonce:
-            raise ProtocolError("WELCOME answers another HELLO")
-        if fields["role"] != LinkRole.INTERMEDIATE or fields["node"] != self.intermediate:
-            raise ProtocolError(f"node {fields['node']} is not the intermediate")
-        known = max(self.state.epoch.number, self.state.promised.number)
-        epoch: Epoch = fields["epoch"]
-        if epoch.number < known:
-            raise ProtocolError(f"WELCOME of epoch {epoch.number}, but epoch {known} exists")
-        if fields["through"] < self.state.checkpoint and not self.state.suspended:
-            raise ProtocolError("the intermediate holds less than this primary's checkpoint")
-        self._welcome = fields
-        self.refusal = ""
-        if epoch == self.state.epoch:
-            return self._enter(now_s)
-        self.state.epoch = epoch
-        self.state.promised = max(self.state.promised, epoch)
-        return [self._save("welcome")]
-
-    def _enter(self, now_s: float) -> list[Action]:
-        """The epoch is stored: replay, or send on where the intermediate is."""
-        welcome = self._welcome
-        phase = self.machine.go("welcome")
+    def welcomed(self, welcome: dict[str, Any], now_s: float) -> None:
+        """WELCOME counts now. Before its first stamp comes the lease is reckoned from here: that is later."""
         self._credit = welcome["credit"]
-        self.validated = max(self.validated, welcome["validated"])
         self.numbering, self.pair = welcome["numbering"], Pair(welcome["pair"])
-        self.welcomed_through = welcome["through"]
-        if phase is Phase.REPLAYING:
-            if not self.trusted:
-                self._trusted_from = welcome["through"]
-            self._replayed = self.state.checkpoint
-            return [Send(self._link, [encode(Message.REPLAY, self.state.epoch.number, after=self.state.checkpoint)])]
-        if phase is Phase.JOINED:  # what it sent before is not the journal's any more: it has completed alone
-            return [Event("joined; suspended: a resync is the way back")]
-        # What was sent on the older connection is in `unsent` again; what of it is durable counts as acknowledged.
+        self.validated = max(self.validated, welcome["validated"])
+        if self.stamp_received_s is None:
+            self.stamp_received_s = now_s
+        if self.replaying and not self.trusted:
+            # Between START and END nobody knows what is below until the resync has ended.
+            self._trusted_from = NEVER if self.state.resync else welcome["through"]
+
+    def catch_up(self, batch: int) -> None:
+        """The intermediate has everything up to ``batch``: of what waits, that counts as sent."""
+        if self._foreign_batches:
+            self._renumber()
+            return
         unsent, sent = self.queue.unsent, self.queue.sent
-        while unsent and unsent[0].number <= welcome["batch"]:
+        while unsent and unsent[0].number <= batch:
             sent.append(unsent.popleft())
-        actions = self.acknowledged(welcome["batch"], welcome["through"], now_s)
-        # One that was stored after our HELLO went out; an idle primary would never tell it otherwise.
-        return actions + self._tell_checkpoint() + self._send_more() + self.resyncing.ended(welcome["resynced"])
+
+    def settled(self, now_s: float) -> list[Action]:
+        """What was replayed is durable: serve."""
+        if self.machine.state is not Phase.SETTLING:
+            return []
+        if not self.link:
+            self.machine.go("settled, link lost")
+            return [Event("serving; the intermediate is away")]
+        self.machine.go("settled")
+        return [Event("serving"), *self.checkpoints.tell(), *self.joining.joined(now_s)]
 
     def numbered_again(self, now_s: float) -> list[Action]:
         """A resync has begun: the journal takes writes again, from where the intermediate says."""
         self.numbering = True
-        if self.machine.state is Phase.JOINED:
-            self.machine.go("resync")
+        if self.machine.state is Phase.REJOINING:
+            self.machine.go("rejoined")
             self.stamp_received_s = now_s  # it was alone on what it heard before: twice the lease begins anew
-            self.checkpoint = max(self.checkpoint, self.state.checkpoint)
-            self._trusted_from = 0
-            self._renumber(self._welcome["batch"])
-        return [*self._tell_checkpoint(), *self._send_more()]
+            self.checkpoints.told = self.state.checkpoint
+            self.know_all()
+            self._renumber()
+        return [*self.checkpoints.tell(), *self.send_more()]
 
-    def _renumber(self, last: int) -> None:
-        """What waits was numbered for another journal, or counts batches that were never sent."""
-        self.next_batch = last + 1
+    def _renumber(self) -> None:
+        self._foreign_batches = False
+        self.next_batch = self.joining.batch + 1
         for record in self.queue.take_all():
             if record.batch is not None:
-                self._enqueue(record.volume, record.batch, record.since_s, failed=record.failed)
+                self.enqueue(record.volume, record.batch, record.since_s, failed=record.failed)
 
-    def record(self, link: int, head: RecordHead, record: memoryview, now_s: float) -> list[Action]:
-        """A record of this primary's own comes back while replaying."""
-        if link != self._link:
-            return []
-        self._heard_s = now_s
-        if self.machine.state is not Phase.REPLAYING or head.sender != self.node or head.first <= self._replayed:
-            raise ProtocolError(f"record {head.first} was not asked for")
-        self._replayed = head.last
-        if head.kind != RecordKind.UPDATE:
-            return []
-        for volume, _, _, offset, length, _ in iterate_entries(head, record):
-            self.unconfirmed.add(head.last, volume, [offset], [length])
-        return [StoreRecord(head, record)]
+    def begin_era(self) -> None:
+        """What was asked of the disk for the journal's sake has no sequel."""
+        self._era += 1
+        self._foreign_batches = True
+        self.checkpoints.begin_anew()
+        self.resyncing.begin_anew()
 
-    def _take_replayed(self, fields: dict[str, Any]) -> list[Action]:
-        if self.machine.state is not Phase.REPLAYING or fields["through"] != self._welcome["through"]:
-            raise ProtocolError("REPLAYED does not fit WELCOME")
-        self.machine.go("replayed")
-        self.acked = fields["through"]
-        return [self._sync_volumes("settle")]
+    def begin_anew(self) -> None:
+        """The group was formed anew: nothing that was acknowledged or validated counts any more."""
+        self.machine.go("reform")
+        self.acked = self.checkpoints.told = self.validated = 0
+        self.numbering = False
+        self.unconfirmed.clear()
 
     # durability
-
-    def _next_token(self, purpose: str, number: int) -> int:
-        self._token += 1
-        self._tokens[self._token] = (purpose, number)
-        return self._token
 
     def next_token(self) -> int:
         """A new one."""
         self._token += 1
         return self._token
 
-    def expect(self, then: Then) -> int:
-        """The token of an action whose answer is ``then``."""
+    def _expect(self, then: Then, *, lasting: bool = False) -> int:
         token = self.next_token()
-        self._then[token] = then
+        self._then[token] = 0 if lasting else self._era, then
         return token
 
     def save_state(self, then: Then) -> SaveState:
-        """Store the state; then ``then``."""
-        return SaveState(self.expect(then))
+        """Store the state; then ``then``, unless another era has begun."""
+        return SaveState(self._expect(then))
 
     def sync_volumes(self, then: Then) -> SyncVolumes:
-        """Make the P-VOLs durable as they are now; then ``then``."""
-        return SyncVolumes(self.expect(then))
+        """Make the P-VOLs durable as they are now; then ``then``, unless another era has begun."""
+        return SyncVolumes(self._expect(then))
 
-    def done(self, token: int, now_s: float) -> list[Action]:
-        """An action of `expect` is done."""
-        then = self._then.pop(token)
-        return [] if self.machine.state is Phase.FAILED else then(now_s)
-
-    def _save(self, purpose: str) -> SaveState:
-        return SaveState(self._next_token(purpose, self._link))
-
-    def _sync_volumes(self, purpose: str) -> SyncVolumes:
-        # The number is taken before the sync (rule 4): what is stored while it runs may miss it.
-        return SyncVolumes(self._next_token(purpose, self.acked))
-
-    def _checkpoint(self, now_s: float) -> list[Action]:
-        if self._checkpointing or self.acked <= self.state.checkpoint or self.state.suspended or self.suspending:
-            return []
-        self._checkpointing = True
-        self._checkpoint_s = now_s
-        self._uncheckpointed_bytes = 0
-        return [self._sync_volumes("checkpoint")]
+    def save_bits(self, then: Then, *, lasting: bool = False) -> SaveBits:
+        """Make the bitmaps durable as they are now; then ``then``, unless another era has begun (or ``lasting``)."""
+        self.solo.saves += 1
+        return SaveBits(self._expect(then, lasting=lasting))
 
     def volumes_synced(self, token: int, now_s: float) -> list[Action]:
         """The images are durable as they were when `SyncVolumes` was performed."""
-        if token in self._then:
-            return self.done(token, now_s)
-        purpose, number = self._tokens.pop(token)
-        if self.machine.state is Phase.FAILED:
-            return []
-        self.state.checkpoint = max(self.state.checkpoint, number)
-        if self.resyncing.copier is not None:
-            self.state.cursor_volume, self.state.cursor_block = self.resyncing.copier.cursor
-        return [SaveState(self._next_token(purpose, self.state.checkpoint))]
+        return self._done(token, now_s)
 
     def saved(self, token: int, now_s: float) -> list[Action]:
         """The state file is durable."""
-        if token in self._then:
-            return self.done(token, now_s)
-        purpose, number = self._tokens.pop(token)
-        if purpose == "welcome":
-            return self._enter(now_s) if number == self._link and self._welcome and self.machine.may("welcome") else []
-        if purpose == "fence":
-            return []
-        self.checkpoint = max(self.checkpoint, number)
-        if purpose == "settle":
-            return self._settled(now_s)
-        self._checkpointing = False
-        self.unconfirmed.confirmed(min(self.validated, self.checkpoint))
-        return self._tell_checkpoint()
+        return self._done(token, now_s)
 
-    def _settled(self, now_s: float) -> list[Action]:
-        if self.machine.state is not Phase.SETTLING:
-            return []
-        self._checkpoint_s = now_s
-        if not self._link:
-            self.machine.go("settled, link lost")
-            return [Event("serving; the intermediate is away")]
-        self.machine.go("settled")
-        return [Event("serving"), *self._tell_checkpoint(), *self._send_more()]
+    def bits_saved(self, token: int, now_s: float) -> list[Action]:
+        """The bitmaps are durable as they were when `SaveBits` was performed."""
+        self.solo.saves -= 1
+        return self._done(token, now_s)
 
-    def _tell_checkpoint(self) -> list[Action]:
-        if self.machine.state is not Phase.LIVE:
-            return []
-        message = encode(Message.CHECKPOINT, self.state.epoch.number, number=self.checkpoint)
-        return [Send(self._link, [message])]
+    def _done(self, token: int, now_s: float) -> list[Action]:
+        era, then = self._then.pop(token)
+        return then(now_s) if era in (0, self._era) and not self.failing else []
 
     def failed(self, reason: str) -> list[Action]:
         """A disk error: no acknowledgement and no checkpoint covers those bytes (rule 11)."""
@@ -587,117 +525,35 @@ class Primary:
         for record in self.queue.expire(float("inf")):
             if record.batch is not None:
                 actions.append(FailBatch(record.volume, record.batch, reason))
-        actions += [FailBatch(volume, batch, reason) for volume, batch, _ in self.locks.give_up()]
+        actions += [FailBatch(volume, batch, reason) for volume, batch, _ in self.locks.void()]
         actions += [FailBatch(solo.volume, solo.batch, reason) for solo in self.solo.give_up() if solo.report]
-        if self._link:
-            actions.append(Close(self._link, reason))
+        if self.link:
+            actions.append(Close(self.link, reason))
         return actions
 
-    # digests and copies under the overlap lock (rule 19)
+    # digests and copies
 
     def digest(self, volume: int, offset_bytes: int, length_bytes: int) -> list[Action]:
         """Compare a range of a volume with its S-VOL at one number; answered by `Digested`."""
-        self.locks.lock(self.next_token(), Purpose.VERIFY, volume, offset_bytes, offset_bytes + length_bytes)
-        return self.read_ready()
-
-    def read_ready(self) -> list[Action]:
-        """Ranges that no write in flight touches are read now; later writes to them wait."""
-        actions: list[Action] = []
-        for token, (purpose, volume, start, end) in self.locks.ready():
-            if purpose in COPIES:
-                actions.append(ReadBlocks(volume, start, end - start, token))
-            elif purpose is Purpose.METADATA:
-                actions.append(ReadMetadata(volume, token))
-            else:
-                actions.append(DigestBlocks(volume, start, end - start, token))
-        return actions
-
-    def _abort_locks(self, now_s: float) -> list[Action]:
-        """Ranges that still wait for writes in flight are given up: nobody knows when those come through."""
-        actions: list[Action] = [
-            Digested({"volume": volume, "offset_bytes": start, "length_bytes": end - start, "aborted": True})
-            for purpose, volume, start, end in self.locks.abort()
-            if purpose is Purpose.VERIFY
-        ]
-        self._release_deferred()
-        return actions
-
-    def _release_deferred(self) -> None:
-        for volume, batch, since_s in self.locks.let_go():
-            self._enqueue(volume, batch, since_s)
+        return self.reading.digest(volume, offset_bytes, length_bytes)
 
     def digest_ready(self, token: int, block_bytes: int, digests: list[bytes], now_s: float) -> list[Action]:
-        """The blocks of a locked range are read and digested: send them, and let the waiting writes go."""
-        purpose, volume, start, end = self.locks.release(token)
-        offsets = list(range(start, end, block_bytes))
-        lengths = [min(block_bytes, end - offset) for offset in offsets]
-        payload = b"".join(digests)
-        assert len(payload) == DIGEST_BYTES * len(offsets)
-        head, size = encode_record(
-            RecordKind.DIGEST, self.group, self.node, self.streams[volume], self.state.incarnation, self.next_batch,
-            volume, [OP_DIGEST] * len(offsets), [0] * len(offsets), offsets, lengths, [payload], len(payload),
-        )  # fmt: skip
-        digest = (volume, start) if purpose is Purpose.DIGEST else None
-        return self._queue_read(volume, [head, payload], size, now_s, digest=digest)
+        """The blocks of a range are read and digested."""
+        return self.reading.digested(token, block_bytes, digests, now_s)
 
     def blocks_read(self, token: int, data: bytes | bytearray, now_s: float) -> list[Action]:
-        """A locked range is read: it travels as a COPY record; zeroes travel as such."""
-        purpose, volume, start, _ = self.locks.release(token)
-        stream = self.intermediate if purpose is Purpose.COPY_HERE else self.streams[volume]
-        zero = data.count(0) == len(data)
-        head, size = encode_record(
-            RecordKind.UPDATE, self.group, self.node, stream, self.state.incarnation, self.next_batch,
-            volume, [Op.ZERO if zero else Op.WRITE], [0], [start], [len(data)], [None if zero else data],
-            0 if zero else len(data), RecordFlag.COPY,
-        )  # fmt: skip
-        return self._queue_read(volume, [head] if zero else [head, data], size, now_s, copy=(volume, start))
+        """The blocks of a range are read."""
+        return self.reading.read(token, data, now_s)
 
     def metadata_read(self, token: int, data: bytes, now_s: float) -> list[Action]:
-        """What front ends keep with a volume, at one number: it travels as a METADATA write."""
-        _, volume, _, _ = self.locks.release(token)
-        if not data:
-            if self.resyncing.copier is not None:
-                self.resyncing.copier.metadata_done(volume)
-            self._release_deferred()
-            return self._send_more()
-        head, size = encode_record(
-            RecordKind.UPDATE, self.group, self.node, self.streams[volume], self.state.incarnation, self.next_batch,
-            volume, [Op.METADATA], [0], [0], [len(data)], [data], len(data), RecordFlag.COPY,
-        )  # fmt: skip
-        return self._queue_read(volume, [head, data], size, now_s, metadata=volume)
-
-    def _queue_read(
-        self, volume: int, buffers: list[Buffer], size: int, now_s: float, *, copy: tuple[int, int] | None = None,
-        digest: tuple[int, int] | None = None, metadata: int | None = None,
-    ) -> list[Action]:  # fmt: skip
-        """A record of what was read; then the writes that waited for it. Suspended meanwhile: it is nobody's."""
-        if self.machine.state not in SUSPENDED and not self.suspending:
-            self.queue.add(
-                PendingRecord(
-                    self.next_batch,
-                    volume,
-                    None,
-                    buffers,
-                    size,
-                    frame_bytes(size),
-                    now_s,
-                    copy=copy,
-                    digest=digest,
-                    metadata=metadata,
-                )
-            )
-            self.next_batch += 1
-        self._release_deferred()
-        return self._send_more()
+        """What front ends keep with a volume is read; empty when there is nothing."""
+        return self.reading.metadata(token, data, now_s)
 
     # time
 
     def tick(self, now_s: float, boot_ns: int) -> list[Action]:
         """Called every few tens of milliseconds: heartbeats, checkpoints, held writes, dead links."""
-        actions: list[Action] = []
-        if now_s - self._checkpoint_s >= self.policy.checkpoint_s and self.machine.state in SERVING:
-            actions += self._checkpoint(now_s)
-        actions += self.suspension.tick(now_s)
+        actions = self.checkpoints.tick(now_s) + self.suspension.tick(now_s)
         if self.live:
             actions += self.resyncing.forget_old_bits()
         if self.resyncing.under_way:
@@ -705,11 +561,11 @@ class Primary:
         for record in self.queue.expire(now_s - self.policy.hold_s):
             if record.batch is not None:
                 actions.append(FailBatch(record.volume, record.batch, self.why_held()))
-        if self._link and now_s - self._heard_s > self.policy.link_timeout_s:
-            actions.append(Close(self._link, f"nothing heard for {self.policy.link_timeout_s} s"))
-        elif self._link and now_s - self._beat_s >= self.policy.heartbeat_s:
+        if self.link and now_s - self._heard_s > self.policy.link_timeout_s:
+            actions.append(Close(self.link, f"nothing heard for {self.policy.link_timeout_s} s"))
+        elif self.link and now_s - self._beat_s >= self.policy.heartbeat_s:
             self._beat_s = now_s
-            actions.append(Send(self._link, [self._beat(boot_ns)]))
+            actions.append(Send(self.link, [self._beat(boot_ns)]))
         return actions
 
     def _beat(self, boot_ns: int) -> bytes:
@@ -731,7 +587,7 @@ class Primary:
             if not self.numbering:
                 return f"the group is suspended ({self.pair.name}): blockrepl pair resync"
             return "" if self._credit_used < self._credit else "journal full: waiting for the secondaries"
-        if self.machine.state in SUSPENDED and not self.fenced:
+        if self.suspended and not self.fenced:
             return "" if self.state.alone else f"suspended ({Pair(self.state.suspended).name}): blockrepl pair resync"
         if self.fenced and self.machine.state is not Phase.FAILED:
             return f"fenced: epoch {self.state.promised.number} exists, this side works in {self.state.epoch.number}"

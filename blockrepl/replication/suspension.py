@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from blockrepl.block import WriteBatch
 from blockrepl.formats.link import Epoch, Pair
-from blockrepl.replication.actions import Action, Close, Event, FailBatch, Reformed, SaveBits, StoreBatch
+from blockrepl.replication.actions import Action, Event, FailBatch, Reformed, StoreBatch
 from blockrepl.replication.alone import Solo
 
 if TYPE_CHECKING:
@@ -21,71 +21,91 @@ class Suspension:
     lack are durable, and so is PSUE.
     """
 
-    def __init__(self, owner: Primary) -> None:
+    def __init__(self, owner: Primary, *, asked: bool) -> None:
+        """``asked``: an operator lets this process go alone before it has met the intermediate (rule 24)."""
         self._owner = owner
+        self._asked = asked
+        self._started_s: float | None = None
+        self.reforming = False
+
+    @property
+    def completes(self) -> bool:
+        """Writes complete without the group now."""
+        owner = self._owner
+        return owner.suspended and owner.state.alone and not owner.fenced and not owner.resyncing.begins
 
     def tick(self, now_s: float) -> list[Action]:
-        """Fence never: no sooner than 2 T after the newest stamp was received; the link is closed first (rule 16)."""
+        """Fence never: no sooner than 2 T after the newest stamp was received (rule 16)."""
         owner = self._owner
-        stamp_s = owner.stamp_received_s
-        if not owner.policy.fence_never or owner.fenced or stamp_s is None or owner.state.suspended:
+        if self._started_s is None:
+            self._started_s = now_s
+        if not owner.policy.fence_never or owner.fenced or owner.state.suspended:
             return []
-        if now_s - stamp_s < 2 * owner.policy.lease_s:
+        since_s = owner.stamp_received_s
+        if not owner.serving:
+            if not self._asked:
+                return []
+            since_s = self._started_s if since_s is None else since_s  # what older processes received came before
+        if since_s is None or now_s - since_s < 2 * owner.policy.lease_s:
             return []
-        if owner.link:
-            return [Close(owner.link, "no heartbeat for twice the lease: going on alone")]
-        return self.go_alone("the intermediate is silent")
+        return self.go_alone("the intermediate has been silent for twice the lease")
 
-    def told(self, pair: int, number: int) -> list[Action]:
-        """SUSPEND: the intermediate has stored that it numbers nothing more."""
+    def told(self, number: int) -> list[Action]:
+        """The intermediate has stored that it numbers nothing more after ``number``."""
         owner = self._owner
         owner.numbering = False
+        owner.resyncing.stop()
+        actions = owner.drop_link("suspended again") if owner.rejoining else []
+        if owner.state.suspended or owner.suspending:
+            return actions
+        if owner.policy.fence_never and not owner.fenced and owner.serving:
+            return [*actions, *self.go_alone(f"the group is suspended at {number}")]
         owner.queue.rewind()
-        owner.resyncing.stop()  # one that was asked for before is void; another begins with its own RESYNC
-        if owner.policy.fence_never and not owner.fenced and not owner.state.suspended:
-            return self.go_alone(f"the group is suspended at {number}")
-        return [Event(f"{Pair(pair).name}: nothing is numbered any more; writes wait for a resync")]
+        return [*actions, Event(f"{owner.pair.name}: nothing is numbered any more; writes wait for a resync")]
 
     def go_alone(self, why: str) -> list[Action]:
-        """Bits, P-VOLs, PSUE; then `_alone`."""
-        owner = self._owner
-        if not owner.machine.may("suspend"):
-            return []
-        owner.machine.go("suspend")
-        return [Event(f"PSUE: going on alone: {why}"), *self._store(Pair.PSUE, alone=True)]
-
-    def _store(self, pair: Pair, *, alone: bool) -> list[Action]:
+        """The link is closed first; then bits, P-VOLs, PSUE."""
         owner, state = self._owner, self._owner.state
-        owner.resyncing.stop()
-        state.trusted = state.trusted and owner.trusted
-        owner.unconfirmed.mark()
+        if not owner.may_go_alone:
+            return []
+        closed = owner.drop_link(f"going on alone: {why}")
+        owner.machine.go("suspend")
+        waiting = self._mark()
+        trusted = state.trusted and owner.trusted
 
         def bits_saved(now_s: float) -> list[Action]:
             return [owner.sync_volumes(synced)]
 
         def synced(now_s: float) -> list[Action]:
-            state.suspended, state.alone, state.resync = int(pair), alone, 0
+            state.suspended, state.alone, state.trusted, state.resync = int(Pair.PSUE), True, trusted, 0
             return [owner.save_state(stored)]
 
         def stored(now_s: float) -> list[Action]:
             owner.machine.go("suspended")
             owner.unconfirmed.clear()
-            # A link that SUSPEND came on is still there: a new one declares what it is now.
-            closed: list[Action] = [Close(owner.link, "going on alone")] if owner.link else []
-            return [*closed, *self._alone()]
+            return [Event("serving alone"), *self.complete_waiting()]
 
-        return [SaveBits(owner.expect(bits_saved))]
+        for volume, batch, since_s in waiting:
+            owner.enqueue(volume, batch, since_s)
+        return [*closed, Event(f"PSUE: going on alone: {why}"), owner.save_bits(bits_saved)]
 
-    def _alone(self) -> list[Action]:
-        """What waits for the group completes without it."""
+    def _mark(self) -> list[tuple[int, WriteBatch, float]]:
+        """Bits of all that the group may lack. What was begun for the journal ends; returns what waited for a copy."""
         owner = self._owner
-        actions: list[Action] = [Event("serving alone")]
-        for record in owner.queue.take_all():
-            if record.batch is not None:
-                actions += self.write(record.volume, record.batch, report=not record.failed)
-        for volume, batch, _ in owner.locks.give_up():
-            actions += self.write(volume, batch)
-        owner.locks.abort()
+        owner.begin_era()
+        owner.unconfirmed.mark()
+        for record in owner.queue:
+            owner.mark_pending(record)
+        return owner.locks.void()
+
+    def complete_waiting(self) -> list[Action]:
+        """What waits for the group completes without it, before anything that comes later."""
+        owner = self._owner
+        actions: list[Action] = []
+        if self.completes:
+            for record in owner.queue.take_all():
+                if record.batch is not None:
+                    actions += self.write(record.volume, record.batch, report=not record.failed)
         return actions
 
     def write(self, volume: int, batch: WriteBatch, *, report: bool = True) -> list[Action]:
@@ -101,20 +121,22 @@ class Suspension:
             return []
 
         def saved(now_s: float) -> list[Action]:
-            stored: list[Action] = [self._finish(solo) for solo in owner.solo.saved()]
+            stored = [action for solo in owner.solo.saved() for action in self._finish(solo)]
             return [*stored, *self._save(), *owner.resyncing.proceed(now_s)]
 
-        return [SaveBits(owner.expect(saved))]
+        return [owner.save_bits(saved, lasting=True)]
 
-    def _finish(self, solo: Solo) -> Action:
+    def _finish(self, solo: Solo) -> list[Action]:
+        stored = StoreBatch(solo.volume, solo.batch, solo.report)
         if self._owner.fenced and solo.report:  # a takeover may not have it: nobody is told that it is well (rule 24)
-            return FailBatch(solo.volume, solo.batch, self._owner.why_held())
-        return StoreBatch(solo.volume, solo.batch, solo.report)
+            stored.report = False
+            return [FailBatch(solo.volume, solo.batch, self._owner.why_held()), stored]
+        return [stored]
 
     def close(self, done: Callable[[], None]) -> list[Action]:
         """A clean stop: what the group may lack is stored as bits, so that they can be trusted (rule 8)."""
         owner, state = self._owner, self._owner.state
-        if not owner.trusted and not state.suspended:
+        if owner.failing or (not owner.trusted and not state.suspended):
             return self._say(done)
         owner.unconfirmed.mark()
         for record in owner.queue:
@@ -124,7 +146,7 @@ class Suspension:
             state.clean = True
             return [owner.save_state(lambda _: self._say(done))]
 
-        return [SaveBits(owner.expect(bits_saved))]
+        return [owner.save_bits(bits_saved)]
 
     @staticmethod
     def _say(done: Callable[[], None]) -> list[Action]:
@@ -136,40 +158,41 @@ class Suspension:
     def reform(self, epoch: Epoch, direction: int) -> list[Action]:
         """This primary is a source of the new group: everything the others may lack is marked; ends with `Reformed`.
 
-        It is suspended until the resync that follows; the batch numbers begin anew with its incarnation.
+        It is suspended until the resync that follows; the batch numbers begin anew with its incarnation. Every member
+        has promised the epoch, so nothing that others write can reach a secondary without what is written alone here.
         """
         owner, state = self._owner, self._owner.state
-        owner.resyncing.stop()
-        owner.unconfirmed.mark()
-        for record in owner.queue:
-            owner.mark_pending(record)
+        alone = state.alone or owner.policy.fence_never
+        closed = owner.drop_link("the group is formed anew")
+        self.reforming = True
+        waiting = self._mark()
         trusted = state.trusted and (bool(state.suspended) or owner.trusted)
 
         def bits_saved(now_s: float) -> list[Action]:
             state.epoch, state.promised, state.direction = epoch, max(state.promised, epoch), direction
-            state.suspended = state.suspended or int(Pair.PSUE)
+            state.suspended, state.alone, state.detached = state.suspended or int(Pair.PSUE), alone, False
             state.incarnation += 1
-            state.detached, state.trusted, state.resync, state.checkpoint = False, trusted, 0, 0
+            state.trusted, state.resync, state.checkpoint = trusted, 0, 0
             return [owner.save_state(stored)]
 
         def stored(now_s: float) -> list[Action]:
+            self.reforming = False
             owner.begin_anew()
             owner.resyncing.compare = True
-            return [Event(f"formed anew in epoch {epoch}"), Reformed()]
+            return [Event(f"formed anew in epoch {epoch}"), *self.complete_waiting(), Reformed()]
 
-        closed: list[Action] = [Close(owner.link, "the group is formed anew")] if owner.link else []
-        return [*closed, SaveBits(owner.expect(bits_saved))]
+        for volume, batch, since_s in waiting:
+            owner.enqueue(volume, batch, since_s)
+        return [*closed, owner.save_bits(bits_saved)]
 
     def retire(self, reason: str) -> list[Action]:
         """It becomes a target: what it has and the others lack is marked; hosts fail; ends with `Reformed`."""
         owner = self._owner
-        owner.resyncing.stop()
-        owner.unconfirmed.mark()
-        actions: list[Action] = [Close(owner.link, reason)] if owner.link else []
+        actions = owner.drop_link(reason)
+        waiting = self._mark()
         for record in owner.queue.take_all():
-            owner.mark_pending(record)
             if record.batch is not None and not record.failed:
                 actions.append(FailBatch(record.volume, record.batch, reason))
-        actions += [FailBatch(volume, batch, reason) for volume, batch, _ in owner.locks.give_up()]
+        actions += [FailBatch(volume, batch, reason) for volume, batch, _ in waiting]
         actions += [FailBatch(solo.volume, solo.batch, reason) for solo in owner.solo.give_up() if solo.report]
-        return [*actions, SaveBits(owner.expect(lambda _: [Reformed()]))]
+        return [*actions, owner.save_bits(lambda _: [Reformed()])]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from blockrepl.bitmap import Bitmap
-from blockrepl.replication.copier import DIGEST_AGAIN_S, Copier
+from blockrepl.replication.copier import ANSWER_S, Copier
 
 BLOCK = 64 << 10
 
@@ -44,8 +44,13 @@ def test_a_comparison_that_nobody_answers_is_asked_again() -> None:
     first = both.next_digest(0.0)
     assert first is not None
     both.next_digest(0.0)
-    assert both.next_digest(DIGEST_AGAIN_S - 0.1) is None
-    assert both.next_digest(DIGEST_AGAIN_S) == first
+    both.ask_again(1000.0)
+    assert both.next_digest(1000.0) is None, "it is not even in the journal"
+    both.asked(1, first[1], 1000.0)
+    both.ask_again(1000.0 + ANSWER_S)
+    assert both.next_digest(1000.0 + ANSWER_S) is None
+    both.ask_again(1000.1 + ANSWER_S)
+    assert both.next_digest(1000.1 + ANSWER_S) == first
     assert both.compared(1, first[1], [], BLOCK)
     assert not both.compared(1, first[1], [first[1]], BLOCK)  # the first answer came late
-    assert both.next_copy(DIGEST_AGAIN_S) is None
+    assert both.next_copy(2000.0) is None

@@ -23,7 +23,7 @@ STARTS: dict[Any, list[str]] = {
     reform: ["GREETING"],
 }
 
-HELPERS = {"primary": ("suspension", "resyncing")}  # whose code moves a role too
+HELPERS = {"primary": ("suspension", "resyncing", "joining")}  # whose code moves a role too
 
 
 def states(module: Any) -> Any:

@@ -241,9 +241,14 @@ class Oracle(Watcher):
 
     # hosts
 
+    def taken_alone(self, batch: Any) -> None:
+        if id(batch) in self.submitting:
+            self.submitting[id(batch)].solo = True
+
     def storing(self, process: PrimaryProcess, batch: Any, volume: int) -> None:
-        if process.alive and process.host is not None:
-            self.pairs.storing(process, batch, volume)
+        write = self.submitting.get(id(batch))
+        if write is not None and write.solo:
+            self.pairs.storing_alone(process, batch, volume)
 
     def complete(self, process: PrimaryProcess, write: Write) -> None:
         """A host was told that its write succeeded."""
@@ -335,7 +340,7 @@ class Oracle(Watcher):
             elif isinstance(process, PrimaryProcess):
                 role = process.host.role
                 demand(
-                    role.state.checkpoint <= max(role.acked, role.welcomed_through),
+                    role.state.checkpoint <= max(role.acked, role.joining.through),
                     "checkpoint beyond what is acknowledged",
                 )
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from blockrepl.bitmap import Bitmap
 from blockrepl.formats.record import RecordFlag, RecordHead, RecordKind
-from blockrepl.replication.primary import SUSPENDED
 from tests.sim.bits import BITMAP_BLOCK
 from tests.sim.truth import HostTruth
 from tests.sim.world import Violation
@@ -38,20 +37,15 @@ class PairTruth:
 
     def completed(self, process: PrimaryProcess, write: Write) -> bool:
         """A host was told; whether the primary took the write alone. Raises Violation."""
-        role = process.host.role
-        alone = role.state.alone and role.phase in SUSPENDED
-        self.volumes[write.volume].completed(write, alone=alone)
-        if not alone:
+        self.volumes[write.volume].completed(write, alone=write.solo)
+        if not write.solo:
             return False
         self.alone += 1
         self.alone_ever.add(process.name)
         return True
 
-    def storing(self, process: PrimaryProcess, batch: Any, volume: int) -> None:
-        """A primary is about to store a host's batch: alone, its bits must be on the platter (rule 17)."""
-        role = process.host.role
-        if not (role.state.alone and role.phase in SUSPENDED):
-            return
+    def storing_alone(self, process: PrimaryProcess, batch: Any, volume: int) -> None:
+        """A primary is about to store a host's batch alone: its bits must be on the platter (rule 17)."""
         size = process.layout.volumes[volume][2]
         durable = Bitmap(size, BITMAP_BLOCK, bytes(process.machine.files[f"bits {volume}"].platter))
         for offset, length in zip(batch.offsets, batch.lengths, strict=True):

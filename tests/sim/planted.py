@@ -211,7 +211,7 @@ def completed_at_submission() -> AbstractContextManager[Any]:
 
 def replay_from_memory_of_what_was_acknowledged() -> AbstractContextManager[Any]:
     """Rule 7: a primary takes what it had acknowledged for stored, and does not replay it after a power cut."""
-    original = Primary._settled
+    original = Primary.settled
 
     def settled(self: Primary, now_s: float) -> Any:
         self.state.checkpoint = max(self.state.checkpoint, self.acked)
@@ -226,7 +226,7 @@ def replay_from_memory_of_what_was_acknowledged() -> AbstractContextManager[Any]
 
     @contextlib.contextmanager
     def both() -> Iterator[None]:
-        with replaced(Primary, "_settled", settled), replaced(Primary, "acknowledged", acknowledged):
+        with replaced(Primary, "settled", settled), replaced(Primary, "acknowledged", acknowledged):
             yield
 
     return both()

@@ -9,10 +9,10 @@ from typing import Any
 from blockrepl.formats.link import Epoch
 from blockrepl.formats.record import number_record
 from blockrepl.replication.actions import Append, Close, Send
+from blockrepl.replication.checkpoints import Checkpoints
 from blockrepl.replication.hop1 import Sender, Senders
 from blockrepl.replication.intermediate import Intermediate
 from blockrepl.replication.opening import Opening
-from blockrepl.replication.primary import Primary
 from blockrepl.replication.secondary import Secondary
 from blockrepl.replication.secondary_epochs import Epochs
 from blockrepl.replication.streams import Streams
@@ -135,14 +135,12 @@ def cut_tail_is_not_erased() -> AbstractContextManager[Any]:
 
 def checkpoint_number_taken_after_the_sync() -> AbstractContextManager[Any]:
     """Rule 4: what was stored while the P-VOLs were synced counts as synced."""
-    original = Primary.volumes_synced
+    original = Checkpoints._synced
 
-    def synced(self: Primary, token: int, now_s: float) -> Any:
-        purpose, _ = self._tokens[token]
-        self._tokens[token] = purpose, self.acked
-        return original(self, token, now_s)
+    def synced(self: Checkpoints, number: int, then: Any) -> Any:
+        return original(self, self._owner.acked, then)
 
-    return replaced(Primary, "volumes_synced", synced)
+    return replaced(Checkpoints, "_synced", synced)
 
 
 def trim_ignores_validated() -> AbstractContextManager[Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from blockrepl.formats.record import RecordKind
 from blockrepl.replication import takeover
-from blockrepl.replication.actions import DropUndo, OpenUndo, SaveBits, SyncVolumes
+from blockrepl.replication.actions import DropUndo, OpenUndo, SaveBits
 from blockrepl.replication.alone import SoloWrites
 from blockrepl.replication.copying import Copying
 from blockrepl.replication.intermediate import Intermediate
@@ -97,7 +97,7 @@ def psue_not_stored() -> AbstractContextManager[Any]:
     original = Primary.save_state
 
     def save(self: Primary, then: Any) -> Any:
-        return SyncVolumes(self.expect(then)) if self.suspending else original(self, then)
+        return self.sync_volumes(then) if self.suspending else original(self, then)
 
     return replaced(Primary, "save_state", save)
 

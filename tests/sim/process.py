@@ -88,6 +88,9 @@ class Watcher:
     def activated(self, process: SecondaryProcess) -> None:
         """A secondary became active."""
 
+    def taken_alone(self, batch: Any) -> None:
+        """A primary completes a host's batch without the group."""
+
     def storing(self, process: PrimaryProcess, batch: Any, volume: int) -> None:
         """A primary is about to store a host's batch in its P-VOL."""
 
@@ -409,6 +412,13 @@ class PrimaryProcess(Process):
             add(record)
 
         role.queue.add = note  # type: ignore[method-assign]
+        write = role.suspension.write
+
+        def alone(volume: int, batch: Any, *, report: bool = True) -> list[Action]:
+            self.watcher.taken_alone(batch)
+            return write(volume, batch, report=report)
+
+        role.suspension.write = alone  # type: ignore[method-assign]
         save = partial(state_file.save, self.disk)  # type: ignore[arg-type]
         host = WatchedPrimaryHost(
             role, images, save, bits.save, self.disk, self.links, self.machine.clock, self.workers, self.log

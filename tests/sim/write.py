@@ -17,4 +17,5 @@ class Write:
     after: int  # every write with this number or a lower one that completed had completed before
     fua: bool = False
     number: int = 0  # the last of its numbers, once given
+    solo: bool = False  # its primary took it alone
     alone: int = 0  # it was submitted after writes had been completed alone: which time; see `pairs.PairTruth`

@@ -254,7 +254,7 @@ class PrimaryMachine(Machine):
         role = self.role
         if role is not None:
             role.refusal = ""
-            if not role._tokens:
+            if not role._then:
                 role._token = 0
 
 
