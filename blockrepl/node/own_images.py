@@ -20,6 +20,22 @@ if TYPE_CHECKING:
     from blockrepl.node.exports import Exports
 
 
+def settle_mode(state: IntermediateState, *, kept: bool, younger: bool) -> None:
+    """``kept``: the node starts in volumes mode. ``younger``: images were made later than the journal.
+
+    Those, and images that were left alone in journal mode, are not whole. Raises UsageError.
+    """
+    if state.pair == Pair.COPY and state.volumes != kept:
+        mode = "volumes" if state.volumes else "journal"
+        raise UsageError(
+            f"the mode was changed in mid-resync, which was begun in mode {mode}",
+            hint=f'write mode = "{mode}" again, wait for PAIR or split the pair; then change it',
+        )
+    if not kept or younger:
+        state.filled = state.filling = False
+    state.volumes = kept
+
+
 class OwnImages:
     """By volume id; none in journal mode."""
 
@@ -42,17 +58,9 @@ class OwnImages:
     def settle_mode(self, state: IntermediateState) -> None:
         """What the mode of this start means for ``state``, which is stored before anything is numbered.
 
-        Images that were made later than the journal, or left alone in journal mode, are not whole. Raises UsageError.
+        Raises UsageError.
         """
-        if state.pair == Pair.COPY and state.volumes != self.kept:
-            mode = "volumes" if state.volumes else "journal"
-            raise UsageError(
-                f"the mode was changed in mid-resync, which was begun in mode {mode}",
-                hint=f'write mode = "{mode}" again, wait for PAIR or split the pair; then change it',
-            )
-        if not self.kept or self._note.exists():
-            state.filled = state.filling = False
-        state.volumes = self.kept
+        settle_mode(state, kept=self.kept, younger=self._note.exists())
 
     def mode_is_stored(self) -> None:
         """The state is durable."""

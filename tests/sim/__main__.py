@@ -48,6 +48,7 @@ def parse() -> argparse.Namespace:
     add("--threads", type=int, help="hosts' threads")
     add("--volumes", type=int, choices=[1, 2, 3])
     add("--ring", type=int, metavar="BYTES", help="the intermediate's ring")
+    add("--volumes-mode", choices=["True", "False"], help="the intermediate keeps images, at the beginning")
     add("--every", type=float, metavar="SECONDS", help="mean time between faults")
     add("--duplicate", type=float, metavar="SHARE", help="of messages that come a second time")
     add("--only", type=kinds, metavar="KIND,…", help="these faults only")
@@ -68,7 +69,8 @@ def options_of(args: argparse.Namespace) -> Options:
         story=story, fault_every_s=args.every or planted.fault_every_s,
         faults=args.only if args.only is not None else planted.faults,
         duplicate=planted.duplicate if args.duplicate is None else args.duplicate,
-        until_s=args.until, keep=args.faults, salt=args.salt,
+        volumes_mode=args.volumes_mode and args.volumes_mode == "True", until_s=args.until, keep=args.faults,
+        salt=args.salt,
     )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ class Faults:
             "flipped bits": self._flip, "slow disk": self._slow_disk, "wall clock": self._wall_clock,
             "clock rate": self._clock_rate, "dry run": self._dry_run, "operator": self._operator,
             "attempt": self._attempt, "disaster": self._disaster, "takeover": self._try_takeover,
-            "split": self._split, "resync": self._resync, "verify": self._verify,
+            "split": self._split, "resync": self._resync, "mode": self._mode, "verify": self._verify,
         }  # fmt: skip
 
     def stop(self) -> None:
@@ -245,6 +245,13 @@ class Faults:
 
     def _verify(self) -> None:
         self.group.pair("verify")
+
+    def _mode(self) -> None:
+        """The intermediate is started in the other mode, unless a resync is under way."""
+        process = self.group.intermediate
+        process.crash("taken down, to change its mode")
+        process.changes_mode = True
+        self._later(self._down_s(), process.boot)
 
     def _attempt(self) -> None:
         """A takeover at a bad moment, perhaps typed twice; its node dies before it ends, mostly."""

@@ -45,6 +45,7 @@ class Options:
     story: str | None = None  # one of plan.STORIES
     fault_every_s: float | None = None
     faults: tuple[str, ...] | None = None
+    volumes_mode: bool | None = None  # the intermediate keeps images, at the beginning
     duplicate: float | None = None  # how often a message comes a second time
     # For the shrinker: the same run with less in it.
     until_s: float | None = None  # hosts and faults end then
@@ -141,10 +142,12 @@ class Group:
             pending_bytes=128 << 10, lease_s=random.choice([0.4, 0.8]), fence_never=self.story == "never",
             suspend_when_full=self.story in ("pairs", "never") and random.random() < 0.5,
         )  # fmt: skip
+        mode = Random(f"{self.seed} mode").random() < 0.3
         return Layout(
             primaries={"p1": 1, "p2": 2}, intermediate=("i", 3), secondaries={"s1": 4, "s2": 5},
             volumes={v: (*owners[v], size) for v in range(1, count + 1)},
             ring_bytes=ring, secondary_ring_bytes=random.choice([ring, 1 << 20]), policy=policy,
+            volumes_mode=mode if options.volumes_mode is None else options.volumes_mode,
         )  # fmt: skip
 
     def _processes(self) -> dict[str, Process]:

@@ -95,7 +95,7 @@ class Oracle(Watcher):
 
     def appended(self, process: IntermediateProcess, head: RecordHead, record: memoryview) -> None:
         demand(head.first == self.numbered + 1, f"numbered {head.first} after {self.numbered}")
-        if head.kind in (RecordKind.START, RecordKind.END):
+        if head.sender == process.node_id:
             self.pairs.numbered(head, None)
             self.records.append(Numbered(head, bytes(record), None))
             self._lasts.append(head.last)
@@ -376,7 +376,9 @@ class Oracle(Watcher):
         for process in processes.values():
             if not process.alive or process.host is None:
                 continue
-            if isinstance(process, PrimaryProcess) and process.host.role.serving:
+            if isinstance(process, IntermediateProcess):
+                self._check_own(process)
+            elif isinstance(process, PrimaryProcess) and process.host.role.serving:
                 number = max(process.host.role.acked, self.completed_of.get(process.name, 0))
                 for volume in process.volume_ids:
                     self._check_pvol(process, volume, number)
@@ -390,6 +392,32 @@ class Oracle(Watcher):
                         if found != self.image(volume, role.applied):
                             guess = self._guess(volume, found)
                             raise Violation(f"{process.name}: S-VOL {volume} is not image({role.applied}){guess}")
+
+    def _check_own(self, process: IntermediateProcess) -> None:
+        """Intermediate volumes that are whole equal image(durable), and so they do after a power cut, with the ring."""
+        role, volumes = process.host.role, process.host.volumes
+        if volumes is None or not role.state.filled or role.phase is Phase.FAILED:
+            return
+        for volume in self.layout.volumes:
+            file = process.machine.files[f"volume {volume}"]
+            expected = self.image(volume, role.durable_number)
+            demand(bytes(file.cache) == expected, f"intermediate volume {volume} is not image({role.durable_number})")
+            demand(
+                self._touched_since(volumes.stored_through, volume, file.platter, expected),
+                f"intermediate volume {volume} is not durable up to {volumes.stored_through}",
+            )
+
+    def _touched_since(self, number: int, volume: int, found: bytearray, expected: bytes) -> bool:
+        """Whether what differs was touched by records above ``number``."""
+        later = [
+            (offset, offset + length)
+            for each in self.records[bisect_right(self._lasts, number) :] if each.head.kind == RecordKind.UPDATE
+            for at, _, _, offset, length, _ in iterate_entries(each.head, memoryview(each.record)) if at == volume
+        ]  # fmt: skip
+        return all(
+            found[at : at + 512] == expected[at : at + 512] or any(a < at + 512 and at < b for a, b in later)
+            for at in range(0, len(expected), 512)
+        )
 
     def _check_pvol(self, process: PrimaryProcess, volume: int, number: int) -> None:
         self.pairs.check_volume(process, volume)

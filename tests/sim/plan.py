@@ -52,6 +52,9 @@ def plan(seed: int, story: str, seconds: float, every_s: float | None, kinds: tu
             commands_s += random.expovariate(1 / 0.7)
         if random.random() < 0.3:
             found.append((seconds * random.uniform(0.4, 0.9), random.choice(["disaster", "takeover"])))
+        mode = Random(f"{seed} mode")
+        if mode.random() < 0.5:
+            found += [(seconds * mode.uniform(0.1, 0.9), "mode") for _ in range(mode.choice([1, 2]))]
     elif story in ("disaster", "planned"):
         found.append((story_s, "disaster" if story == "disaster" else "takeover"))
     return [Planned(n, at_s, kind, str(seed)) for n, (at_s, kind) in enumerate(sorted(found), start=1)]

@@ -10,7 +10,7 @@ from typing import Any
 
 from blockrepl.chunks import Chunk
 from blockrepl.errors import ProtocolError
-from blockrepl.formats.link import Message
+from blockrepl.formats.link import Message, Pair
 from blockrepl.formats.record import RecordHead, decode_record
 from blockrepl.formats.slots import SlotKind
 from blockrepl.formats.state import (
@@ -23,7 +23,9 @@ from blockrepl.formats.state import (
 )
 from blockrepl.node.host import Host
 from blockrepl.node.intermediate_host import IntermediateHost
+from blockrepl.node.intermediate_volumes import IntermediateVolumes
 from blockrepl.node.journal_reading import JournalReading
+from blockrepl.node.own_images import settle_mode
 from blockrepl.node.primary_host import PrimaryHost, PrimaryVolume
 from blockrepl.node.secondary_host import SecondaryHost
 from blockrepl.replication.actions import Action, Close, Event, Send
@@ -59,6 +61,7 @@ class Layout:
     ring_bytes: int
     secondary_ring_bytes: int
     policy: Policy
+    volumes_mode: bool = False  # at the beginning
 
     @property
     def names(self) -> dict[int, str]:
@@ -466,11 +469,16 @@ class IntermediateProcess(Process):
 
     host: IntermediateHost
     alone = False
+    changes_mode = False  # the operator wants the other mode: when it starts, unless a resync is under way
 
     def format(self) -> None:
         from blockrepl.formats.state import IntermediateState
 
-        self._format_journal(self.layout.ring_bytes, encode_intermediate(IntermediateState()))
+        mode = self.layout.volumes_mode
+        state = IntermediateState(volumes=mode, filled=mode)
+        self._format_journal(self.layout.ring_bytes, encode_intermediate(state))
+        for volume, size in self._sizes.items():
+            self.machine.files[f"volume {volume}"] = SimFile(size)
         SimBitmaps.make(self, "hop2", self._sizes)
 
     @property
@@ -482,6 +490,11 @@ class IntermediateProcess(Process):
         journal = self._open_journal(reading.check, self.layout.ring_bytes)
         state = decode_intermediate(journal.recovered.state)
         state.incarnation += 1
+        if state.pair == Pair.COPY:
+            self.changes_mode = False
+        mode = state.volumes != self.changes_mode
+        settle_mode(state, kept=mode, younger=False)
+        self.changes_mode = False
         random = self.world.random
         bits = SimBitmaps(self, "hop2", self._sizes)
         role = Intermediate(
@@ -489,11 +502,19 @@ class IntermediateProcess(Process):
             secondaries=list(self.layout.secondaries.values()), state=state, policy=self.layout.policy,
             new_id=lambda: random.randbytes(16), alone=self.alone, bitmaps=bits.bitmaps,
             owners={v: self.layout.primaries[p] for v, (p, _, _) in self.layout.volumes.items()},
+            homes={v: self.layout.secondaries[s] for v, (_, s, _) in self.layout.volumes.items()},
+            local_source=mode,
         )  # fmt: skip
         reading.tell_intermediate(role)
         self.watcher.recovered(self, reading.heads, role)
+        volumes = None
+        if mode:
+            images = {v: SimImage(self.machine.files[f"volume {v}"], self) for v in self._sizes}
+            clock = self.machine.clock
+            volumes = IntermediateVolumes(role, journal, images, self.disk, clock, self.workers)
+            volumes.recover()
         host = WatchedIntermediateHost(
-            role, journal, bits.save, self.links, self.machine.clock, self.workers, self.log,
+            role, journal, bits.save, self.links, self.machine.clock, self.workers, self.log, volumes,
             spills=self.machine.spills,
         )  # fmt: skip
         bits.on_failed = lambda error: host.fail(str(error))
