@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from tests.sim import planted, planted_links
+from tests.sim import planted, planted_links, planted_volumes
 from tests.sim.group import Options
 from tests.sim.planted import Planted
 
-PLANTED = planted.PLANTED + planted_links.PLANTED
+PLANTED = planted.PLANTED + planted_links.PLANTED + planted_volumes.PLANTED
 NOT_FOUND = planted_links.NOT_FOUND
 NAMES = [bug.__name__ for bug, _ in PLANTED + NOT_FOUND]
 
