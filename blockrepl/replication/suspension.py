@@ -26,6 +26,7 @@ class Suspension:
         self._owner = owner
         self._asked = asked
         self._started_s: float | None = None
+        self._tick_s = 0.0
         self.reforming = False
 
     @property
@@ -38,7 +39,10 @@ class Suspension:
         """Fence never: no sooner than 2 T after the newest stamp was received (rule 16)."""
         owner = self._owner
         if self._started_s is None:
-            self._started_s = now_s
+            self._started_s = self._tick_s = now_s
+        gap_s, self._tick_s = now_s - self._tick_s, now_s
+        if gap_s > owner.policy.lease_s and owner.stamp_received_s is not None:
+            owner.stamp_received_s += gap_s  # it was stopped: what came meanwhile waits to be read
         if not owner.policy.fence_never or owner.fenced or owner.state.suspended:
             return []
         since_s = owner.stamp_received_s

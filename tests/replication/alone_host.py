@@ -142,6 +142,14 @@ class Host:
         self.do(self.role.received(self.link, Message.HEARTBEAT, {**usual, "pair": Pair.PAIR, **fields}, self.now_s))
 
     def tick(self, seconds: float) -> None:
+        """Time passes, a second at most at a time."""
+        while seconds > 1.0:
+            self.stand_still(1.0)
+            seconds -= 1.0
+        self.stand_still(seconds)
+
+    def stand_still(self, seconds: float) -> None:
+        """Time passes, and this process does nothing."""
         self.now_s += seconds
         self.do(self.role.tick(self.now_s, int(self.now_s * 1e9)))
 

@@ -78,6 +78,16 @@ def test_16_an_intermediate_that_never_sent_a_stamp_can_be_done_without_too() ->
     assert host.phase == "ALONE"
 
 
+def test_16_a_primary_that_was_stopped_reads_what_came_meanwhile_before_it_gives_the_group_up() -> None:
+    host = detached()
+    host.tick(0.1)
+    host.stand_still(50.0)
+    assert host.phase == "LIVE"
+    for _ in range(62):
+        host.tick(0.1)
+    assert host.phase == "ALONE", "it does not wait for ever"
+
+
 def test_24_a_started_primary_goes_alone_when_it_is_told_so() -> None:
     host = Host(alone_asked=True)
     host.tick(0.1)

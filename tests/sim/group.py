@@ -284,6 +284,7 @@ class Group:
                 and not self.hosts.waiting
                 and role.pairing.pair is Pair.PAIR
                 and role.pairing.step.value == "nothing"
+                and all(self.primary(n).host.role.live for n in self.layout.primaries)
                 and all(self.primary(n).host.role.why_held() == "" for n in self.layout.primaries)
                 and all(self.secondary(n).host.role.applied == role.numbered for n in self.layout.secondaries)
             )
