@@ -242,7 +242,7 @@ PLANTED: list[tuple[Planted, Options]] = [
     (a_truncation_forgets_the_epoch, ATTEMPTS),
     (credit_beyond_the_ring, FULL),
 ]
-NOT_FOUND: list[tuple[Planted, Options]] = [  # no run of 150 shows them yet: the schedules are rarer than the faults
+NOT_FOUND: list[tuple[Planted, Options]] = [  # no run shows them yet (docs/planted.md says of how many): the schedules are rarer than the faults
     (welcome_without_waiting, RESTARTS),
     (older_connection_not_killed, RESTARTS),
     (incarnations_without_order, RESTARTS),

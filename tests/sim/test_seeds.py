@@ -13,7 +13,7 @@ from tests.sim.case import Case, Failure
 from tests.sim.group import Group, Options
 from tests.sim.shrink import Shrinker
 
-SEEDS = int(os.environ.get("BLOCKREPL_SIM_SEEDS", "320"))
+SEEDS = int(os.environ.get("BLOCKREPL_SIM_SEEDS", "80"))
 PART = 40
 
 
