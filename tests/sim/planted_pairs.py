@@ -1,4 +1,4 @@
-"""Planted bugs of the pair's life, each with the scenario that it breaks; see `planted.py`."""
+"""Planted bugs, of the pair's life mostly, each with the scenario that it breaks; see `planted.py`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from blockrepl.replication.suspension import Suspension
 from tests.sim import scenarios
 from tests.sim.bits import SimBitmaps
 from tests.sim.planted import Planted, replaced
-from tests.sim.planted_links import all_of
+from tests.sim.planted_links import all_of, checkpoint_number_taken_after_the_sync
 
 
 def bit_set_after_its_write() -> AbstractContextManager[Any]:
@@ -221,4 +221,5 @@ PLANTED: list[tuple[Planted, Callable[[], None]]] = [
     (replayed_after_psue, scenarios.alone_and_killed),
     (own_bits_forgotten_at_a_resync, scenarios.solo_writes_enter_at_the_end),
     (copied_outside_the_overlap_lock, scenarios.writes_while_copying),
+    (checkpoint_number_taken_after_the_sync, scenarios.power_cut_behind_a_checkpoint),
 ]

@@ -1,4 +1,4 @@
-"""Named scenarios of the pair's life. Each fails when the rule that it is about is broken: see `planted_pairs`."""
+"""Named scenarios, of the pair's life mostly. Each fails when its rule is broken: see `planted_pairs`."""
 
 from __future__ import annotations
 
@@ -206,10 +206,34 @@ def writes_while_copying() -> None:
     s.until_equal()
 
 
+def power_cut_behind_a_checkpoint() -> None:
+    """Rule 4: a write is stored while the P-VOL is synced for a checkpoint: that does not speak for it."""
+    s = Scenario()
+    s.start()
+    primary = s.group.primary("p1")
+    primary.disk.slow_until_s = s.world.now_s + 5
+    role = primary.host.role
+    s.written(1, 5)
+    s.until(lambda: role.checkpoints._under_way, "a checkpoint")
+    s.quiet(0.02)
+    newer = s.written(1, 6)
+    s.given(role.checkpoints._under_way, "it was stored in the meantime")
+    s.until(lambda: not role.checkpoints._under_way, "its end")
+    primary.cut_power()
+    s.quiet(0.1)
+    s.given(not s.holds("p1", 1, newer.write), "the power took it")
+    primary.power_on()
+    primary.boot()
+    s.until(lambda: primary.host.role.serving, "p1 serves")
+    demand(s.holds("p1", 1, newer.write), "2: a write is gone that was completed")
+    s.until_equal()
+
+
 SCENARIOS: list[Callable[[], None]] = [
     rolling_disaster, power_cut_while_split, takeover_in_mid_resync, secondary_killed_in_mid_resync,
     takeover_with_an_end_that_is_not_validated, end_validated_and_one_secondary_dies, full_journal,
     primary_killed_in_mid_copy, alone_and_killed, solo_writes_enter_at_the_end, writes_while_copying,
+    power_cut_behind_a_checkpoint,
 ]  # fmt: skip
 
 

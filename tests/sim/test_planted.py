@@ -12,7 +12,7 @@ from tests.sim.bugs import NOT_FOUND, PLANTED
 from tests.sim.case import Case, Failure
 from tests.sim.group import Options
 from tests.sim.planted import Planted
-from tests.sim.planted_pairs import PLANTED as PAIRS
+from tests.sim.planted_pairs import PLANTED as SCENARIOS
 from tests.sim.scenarios import play
 from tests.sim.world import Violation
 
@@ -26,25 +26,25 @@ def test_a_planted_bug_is_found(planted: Planted, options: Options) -> None:
     assert any(isinstance(Case(seed, options).run(planted), Failure) for seed in range(SEEDS))
 
 
-@pytest.mark.parametrize(("planted", "scenario"), PAIRS, ids=[each.__name__ for each, _ in PAIRS])
-def test_a_planted_bug_of_the_pair_breaks_its_scenario(planted: Planted, scenario: Callable[[], None]) -> None:
+@pytest.mark.parametrize(("planted", "scenario"), SCENARIOS, ids=[each.__name__ for each, _ in SCENARIOS])
+def test_a_planted_bug_breaks_its_scenario(planted: Planted, scenario: Callable[[], None]) -> None:
     with planted(), pytest.raises(Violation):
         play(scenario)
 
 
-def test_the_document_names_the_scenario_of_every_planted_bug_of_the_pair() -> None:
+def test_the_document_names_the_scenario_of_such_a_bug() -> None:
     rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \| `(\w+)` \|$", DOCUMENT.read_text(), re.MULTILINE)
     assert rows == [
-        (bug.__name__, (bug.__doc__ or "").strip().splitlines()[0], scenario.__name__) for bug, scenario in PAIRS
+        (bug.__name__, (bug.__doc__ or "").strip().splitlines()[0], scenario.__name__) for bug, scenario in SCENARIOS
     ]
 
 
 def test_enough_is_planted() -> None:
-    assert len(PLANTED) + len(PAIRS) >= 33
+    assert len(PLANTED) + len(SCENARIOS) >= 33
 
 
 def test_the_document_names_every_planted_bug_and_what_it_breaks() -> None:
-    found, rest = DOCUMENT.read_text().split("## Pair life")
+    found, rest = DOCUMENT.read_text().split("## Scenarios")
     missing = rest.split("## Not found yet")[1]
     for text, bugs in ((found, PLANTED), (missing, NOT_FOUND)):
         rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", text, re.MULTILINE))
