@@ -79,7 +79,8 @@ def stands_still(flood: Flood, group: RealGroup) -> bool:
 def test_a_stopped_secondary_holds_the_hosts_back_when_the_journal_is_full_and_nothing_grows(
     make_group: MakeGroup, secondary: str
 ) -> None:
-    group = make_group(journal="32MiB", secondary_journal="32MiB", policy="hold_s = 600.0").create().start()
+    rings = {"journal": "32MiB", "secondary_journal": "32MiB", "keys": 'on_full = "block"'}
+    group = make_group(**rings, policy="hold_s = 600.0").create().start()
     flood = Flood(group)
     wait_for(lambda: flood.total > 50, "a load")
     group.signal(secondary, signal.SIGSTOP)
