@@ -139,5 +139,5 @@ def test_a_port_that_is_taken_is_named_with_its_node() -> None:
         argv = [sys.executable, "-m", "scripts.demolib", "--port-base", str(base)]
         done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
-    assert f"127.0.0.1:{base + 2}, where node i1" in done.stderr
+    assert f"127.0.0.1:{base + 2}, where node p2" in done.stderr
     assert leftovers() == []
