@@ -18,13 +18,18 @@ class SimBitmaps:
     """The bitmaps of one life of a process, by volume; `save` is the port of the hosts."""
 
     def __init__(self, process: Process, prefix: str, sizes: Mapping[int, int]) -> None:
-        """``sizes``: volume → bytes. The files were made by `make`."""
+        """``sizes``: volume → bytes. The files were made by `make`. As `BitmapFile.open`: what a killed process left in
+        the page cache is written and synced again."""
         self._process = process
         self._files = {volume: process.machine.files[f"{prefix} {volume}"] for volume in sizes}
         self.bitmaps = {
             volume: Bitmap(size, BITMAP_BLOCK, bytes(self._files[volume].cache)) for volume, size in sizes.items()
         }
         self.on_failed: Callable[[OSError], None] = lambda _error: None
+        for volume, bitmap in self.bitmaps.items():
+            process.effect()
+            self._files[volume].write(0, bytes(bitmap.bits))
+            self._files[volume].sync()
 
     @staticmethod
     def make(process: Process, prefix: str, sizes: Mapping[int, int]) -> None:
