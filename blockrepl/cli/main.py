@@ -19,6 +19,7 @@ from blockrepl.cli import (
     lifecycle,
     marker,
     pair,
+    rebuild,
     replacing,
     status,
 )
@@ -62,6 +63,7 @@ for command in (
     copies.takeover,
     copies.verify,
     replacing.replace,
+    rebuild.rebuild,
     explain.explain,
     journal.journal,
     bitmap.bitmap,

@@ -85,8 +85,10 @@ def _hop1(nodes: list[Message]) -> int | None:
 
 
 def _volume(definition: Definition, volume: Volume, nodes: dict[str, Message]) -> Message:
-    """One volume with its two ends, and how far the second is behind as the intermediate sees it."""
+    """One volume with its ends (in volumes mode the intermediate too), and how far the second is behind."""
     pair = {"primary": volume.primary} | ({"secondary": volume.secondary} if volume.replicated else {})
+    if volume.replicated and definition.volumes_mode:
+        pair["intermediate"] = definition.intermediate.name
     ends = {}
     for role, name in pair.items():
         entry = volume_entry(nodes[name], volume.name) or {}
@@ -137,7 +139,7 @@ def _picture(document: Message) -> Lines:
     nodes = {node["node"]: node for node in document["nodes"]}
     shown: set[str] = set()
     for volume in document["volumes"]:
-        for role, kind in (("primary", "P-VOL"), ("secondary", "S-VOL")):
+        for role, kind in (("primary", "P-VOL"), ("intermediate", "I-VOL"), ("secondary", "S-VOL")):
             if role in volume:
                 end = volume[role]
                 shown.add(end["node"])

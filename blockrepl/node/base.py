@@ -60,6 +60,20 @@ def max_write_bytes(definition: Definition) -> int:
     return min(MAX_WRITE_BYTES, ring // (4 * _shares(definition)) // 4096 * 4096)
 
 
+def lock_directory(node: Node) -> int:
+    """Nobody else runs this node until the descriptor is closed. Raises MissingError, InUseError."""
+    directory = node.directory
+    if not directory.is_dir():
+        raise MissingError(f"{directory} is not there", hint="is its disk mounted? `blockrepl create` makes it, once")
+    fd = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(fd)
+        raise InUseError(f"{directory}: another process runs this node", hint="see: blockrepl status") from error
+    return fd
+
+
 class NodeBase(ABC):
     """One node: built by its class's ``__init__`` on the running loop, then `start`, and `stop` at the end."""
 
@@ -75,23 +89,9 @@ class NodeBase(ABC):
         self.disk = DiskThread(self.loop, f"disk {node.name}")
         self.links = LinkTable(self.pool)
         self.stopping = asyncio.Event()
-        self._lock_fd = self._lock()
+        self._lock_fd = lock_directory(node)
         self._control: ControlServer | None = None
         self._ticker: asyncio.TimerHandle | None = None
-
-    def _lock(self) -> int:
-        directory = self.node.directory
-        if not directory.is_dir():
-            raise MissingError(
-                f"{directory} is not there", hint="is its disk mounted? `blockrepl create` makes it, once"
-            )
-        fd = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(fd)
-            raise InUseError(f"{directory}: another process runs this node", hint="see: blockrepl status") from error
-        return fd
 
     # life
 

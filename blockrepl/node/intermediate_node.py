@@ -221,7 +221,6 @@ class IntermediateNode(NodeBase):
 
     def handlers(self) -> dict[str, Handler]:
         return {
-            **self._own.handlers(),
             "pair_split": self._split, "pair_resync": self._resync, "pair_create": self._create,
             "pair_delete": self._delete, "exclude": self._exclude, "include": self._include, "bitmap": self._bitmap,
             "marker_put": self._put_marker, "marker": self._marker,

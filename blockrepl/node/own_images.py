@@ -10,7 +10,6 @@ from blockrepl.definition import Definition, Node
 from blockrepl.errors import UsageError
 from blockrepl.formats.link import Pair
 from blockrepl.formats.state import IntermediateState
-from blockrepl.node.control import Handler
 from blockrepl.node.create import UNFILLED_NAME, image_identity, image_path, images_of
 from blockrepl.storage.executor import DiskThread
 from blockrepl.storage.image import ImageFile
@@ -69,10 +68,6 @@ class OwnImages:
                 self._note.unlink()
 
     # hosts
-
-    def handlers(self) -> dict[str, Handler]:
-        """Control commands of the front ends."""
-        return self._exports.handlers() if self._exports is not None else {}
 
     async def listen(self) -> None:
         """Raises UsageError."""

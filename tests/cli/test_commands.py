@@ -267,6 +267,7 @@ def test_help_names_every_command(run: Run) -> None:
         "marker",
         "pair",
         "bitmap",
+        "rebuild",
         "replace",
         "node",
         "config",

@@ -15,7 +15,7 @@ from blockrepl.errors import BlockreplError
 from blockrepl.node.create import create, image_path
 from tests.demo.nbd_client import NbdVolume
 from tests.system.conftest import MakeGroup
-from tests.system.group import MIB, TIMEOUT_S, VOLUMES, RealGroup, read_bytes, wait_for, written_bytes
+from tests.system.group import MIB, TIMEOUT_S, VOLUMES, OrderedLoad, RealGroup, read_bytes, wait_for, written_bytes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 KEYS = 'mode = "volumes"'
@@ -96,12 +96,59 @@ def test_an_intermediate_volume_can_be_looked_at_and_not_written(group: RealGrou
     group.settle()
     told = row(group, "data")
     assert (told["role"], told["state"], told["active"]) == ("I-VOL", "PAIR", True)
+    shown = group.cli("status", str(group.path)).stdout
+    own = [line.split()[:4] for line in shown.splitlines() if "I-VOL" in line]
+    assert own[0] == ["data", "I-VOL", "i1", "PAIR"]
     opened = NbdVolume(told["nbd"], TIMEOUT_S)
     with group.images("data")[0].open("rb") as image:
         assert opened.read(0, 2 * MIB) == image.read(2 * MIB)
     with pytest.raises(OSError, match="permitted"):
         opened.write(0, b"x" * 4096)
     opened.close()
+
+
+def test_a_lost_p_vol_is_made_anew_from_the_intermediate_volume(group: RealGroup) -> None:
+    load = OrderedLoad(group)
+    load.wait_for_more()
+    running = group.cli("rebuild", "system/data")
+    assert (running.returncode, "nothing is lost" in running.stderr) == (2, True)
+    group.kill("p1")
+    path = image_path(group.node("p1"), group.definition.volume("data"))
+    path.unlink()
+    with pytest.raises(BlockreplError, match="the image is missing"):
+        group.start("p1")
+    made = group.cli("rebuild", "system/data")
+    assert made.returncode == 0, made.stderr
+    assert "up system --node p1" in made.stdout
+    group.start("p1")
+    load.finish()
+    verdict = load.judge(secondary=False)
+    assert verdict.acked > 0
+    assert (verdict.acked_writes_lost, verdict.order_violations) == (0, 0)
+    fill(group, "data", 0, MIB)
+    group.settle()
+    assert odd_ones(group) == []
+
+
+def test_a_target_and_a_running_node_are_not_rebuilt(group: RealGroup) -> None:
+    fill(group, "data", 0, MIB)
+    group.settle()
+    path = group.images("data")[1]
+    path.rename(path.with_suffix(".away"))
+    running = group.cli("rebuild", "system/data")
+    assert (running.returncode, "another process runs this node" in running.stderr) == (23, True)
+    group.kill("s1")
+    refused = group.cli("rebuild", "system/data")
+    assert (refused.returncode, "is a target now" in refused.stderr) == (2, True)
+    assert not path.exists()
+    group.kill("i1")
+    path.with_suffix(".away").rename(path)
+    lost = group.images("data")[0]
+    group.kill("p1")
+    lost.unlink()
+    away = group.cli("rebuild", "system/data")
+    assert (away.returncode, "nbd://" in away.stderr) == (4, True)
+    assert not lost.exists()
 
 
 def test_the_mode_is_changed_and_nothing_is_copied_to_the_secondaries(make_group: MakeGroup) -> None:
