@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import ipaddress
 import logging
 import secrets
@@ -14,8 +13,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from blockrepl.chunks import ChunkPool
-from blockrepl.errors import UsageError
 from blockrepl.formats.iscsi import LoginStatus
+from blockrepl.frontends.acceptor import Acceptor
 from blockrepl.frontends.iscsi.connection import Connection
 from blockrepl.frontends.iscsi.login import CHANCE_BYTES, Login, LoginError, Request, TargetDescription
 from blockrepl.frontends.iscsi.session import Session, Surroundings
@@ -24,9 +23,7 @@ from blockrepl.stream import Stream
 
 LOGIN_TIMEOUT_S = 10.0
 LINGER_S = 5.0  # how long an initiator may take to read its last responses
-ACCEPT_PAUSE_S = 0.1  # after the process ran out of descriptors
 TICK_S = 5.0
-BACKLOG = 1024
 MAX_SESSIONS = 1024
 
 Portal = tuple[str, int, int]  # host, port, portal group tag
@@ -70,7 +67,7 @@ class IscsiServer:
         self._login_timeout_s = login_timeout_s
         self._tick_s = tick_s
         self._loop = asyncio.get_running_loop()
-        self._listeners: list[socket.socket] = []
+        self._acceptor = Acceptor("iscsi", self._begin)
         self._connections: set[Connection] = set()
         self._sessions: dict[int, Session] = {}  # by TSIH
         self._next_tsih = 1
@@ -82,33 +79,14 @@ class IscsiServer:
 
     async def listen(self, host: str, port: int) -> tuple[str, int]:
         """Accept on an address; port 0 picks one. Returns the address bound. Raises UsageError."""
-        try:
-            found = await self._loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            family, kind, protocol, _, address = found[0]
-            listener = socket.socket(family, kind, protocol)
-        except OSError as error:
-            raise UsageError(f"iscsi: cannot listen on {host}:{port}: {error.strerror}") from error
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.setblocking(False)
-            listener.listen(BACKLOG)
-        except OSError as error:
-            listener.close()
-            raise UsageError(f"iscsi: cannot listen on {host}:{port}: {error.strerror}") from error
-        self._listeners.append(listener)
-        self._loop.add_reader(listener.fileno(), self._accept, listener)
+        bound = await self._acceptor.listen(host, port)
         if self._ticker is None:
             self._ticker = self._loop.call_later(self._tick_s, self._tick)
-        bound = listener.getsockname()
-        return bound[0], bound[1]
+        return bound
 
     async def close(self, grace_s: float = 1.0) -> None:
         """Stop accepting; ask for logouts, and wait for at most ``grace_s``; close every connection."""
-        for listener in self._listeners:
-            self._loop.remove_reader(listener.fileno())
-            listener.close()
-        self._listeners.clear()
+        self._acceptor.close()
         if self._ticker is not None:
             self._ticker.cancel()
         for connection in list(self._connections):
@@ -146,27 +124,8 @@ class IscsiServer:
 
     # connections
 
-    def _accept(self, listener: socket.socket) -> None:
-        while True:
-            try:
-                sock, address = listener.accept()
-            except (BlockingIOError, ConnectionAbortedError):
-                return
-            except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    self._loop.remove_reader(listener.fileno())
-                    self._loop.call_later(ACCEPT_PAUSE_S, self._accept_again, listener)
-                return
-            try:
-                self._begin(sock, f"{address[0]}:{address[1]}")
-            except OSError:  # gone already
-                sock.close()
-
-    def _accept_again(self, listener: socket.socket) -> None:
-        if listener in self._listeners:
-            self._loop.add_reader(listener.fileno(), self._accept, listener)
-
-    def _begin(self, sock: socket.socket, peer: str) -> None:
+    def _begin(self, sock: socket.socket, address: tuple[str, int]) -> None:
+        peer = f"{address[0]}:{address[1]}"
         local_host, local_port = sock.getsockname()[:2]
         loopback = _is_loopback(local_host)
         login = Login(self._target, self._admit, secrets.token_bytes(CHANCE_BYTES), loopback=loopback)

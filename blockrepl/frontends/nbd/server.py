@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import os
 import socket
 from dataclasses import dataclass
 
 from blockrepl.chunks import ChunkPool
 from blockrepl.errors import UsageError
+from blockrepl.frontends.acceptor import Acceptor
 from blockrepl.frontends.nbd.handshake import Exports
 from blockrepl.frontends.nbd.session import Session
 from blockrepl.stream import Stream
 
 HANDSHAKE_TIMEOUT_S = 10.0
 LINGER_S = 5.0  # how long a client may take to read its last replies
-ACCEPT_PAUSE_S = 0.1  # after the process ran out of descriptors
-BACKLOG = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +37,7 @@ class NbdServer:
         self._pool = pool
         self._handshake_timeout_s = handshake_timeout_s
         self._loop = asyncio.get_running_loop()
-        self._listeners: list[socket.socket] = []
+        self._acceptor = Acceptor("nbd", self._begin)
         self._unix_paths: list[str] = []
         self._sessions: set[Session] = set()
         self._idle = asyncio.Event()
@@ -48,21 +46,7 @@ class NbdServer:
 
     async def listen(self, host: str, port: int) -> tuple[str, int]:
         """Accept on an address; port 0 picks one. Returns the address bound. Raises UsageError."""
-        try:
-            found = await self._loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            family, kind, protocol, _, address = found[0]
-            listener = socket.socket(family, kind, protocol)
-        except OSError as error:
-            raise UsageError(f"nbd: cannot listen on {host}:{port}: {error.strerror}") from error
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            self._accept_from(listener)
-        except OSError as error:
-            listener.close()
-            raise UsageError(f"nbd: cannot listen on {host}:{port}: {error.strerror}") from error
-        bound = listener.getsockname()
-        return bound[0], bound[1]
+        return await self._acceptor.listen(host, port)
 
     async def listen_unix(self, path: str) -> None:
         """Accept on a Unix socket, mode 0600; a socket that nobody serves any more is replaced. Raises UsageError."""
@@ -75,7 +59,7 @@ class NbdServer:
                 listener.bind(path)
             finally:
                 os.umask(mask)
-            self._accept_from(listener)
+            self._acceptor.accept_from(listener)
         except OSError as error:
             listener.close()
             raise UsageError(f"nbd: cannot listen on {path}: {error.strerror or error}") from error
@@ -83,10 +67,7 @@ class NbdServer:
 
     async def close(self, grace_s: float = 1.0) -> None:
         """Stop accepting; let commands in flight finish for at most ``grace_s``; close every connection."""
-        for listener in self._listeners:
-            self._loop.remove_reader(listener.fileno())
-            listener.close()
-        self._listeners.clear()
+        self._acceptor.close()
         for path in self._unix_paths:
             with contextlib.suppress(OSError):
                 os.unlink(path)
@@ -120,37 +101,10 @@ class NbdServer:
 
     # connections
 
-    def _accept_from(self, listener: socket.socket) -> None:
-        listener.setblocking(False)
-        listener.listen(BACKLOG)
-        self._listeners.append(listener)
-        self._loop.add_reader(listener.fileno(), self._accept, listener)
-
-    def _accept(self, listener: socket.socket) -> None:
-        while True:
-            try:
-                sock, address = listener.accept()
-            except (BlockingIOError, ConnectionAbortedError):
-                return
-            except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    self._loop.remove_reader(listener.fileno())
-                    self._loop.call_later(ACCEPT_PAUSE_S, self._accept_again, listener)
-                return
-            self._begin(sock, _peer_name(address))
-
-    def _accept_again(self, listener: socket.socket) -> None:
-        if listener in self._listeners:
-            self._loop.add_reader(listener.fileno(), self._accept, listener)
-
-    def _begin(self, sock: socket.socket, peer: str) -> None:
-        session = Session(self._exports, self._pool, peer, self._session_ended)
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            stream = Stream(sock, session, self._pool)
-        except OSError:  # gone already
-            sock.close()
-            return
+    def _begin(self, sock: socket.socket, address: object) -> None:
+        session = Session(self._exports, self._pool, _peer_name(address), self._session_ended)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        stream = Stream(sock, session, self._pool)
         self._sessions.add(session)
         session.start(stream)
         self._loop.call_later(self._handshake_timeout_s, session.expire)
