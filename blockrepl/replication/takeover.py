@@ -13,8 +13,8 @@ from enum import Enum
 from typing import Any
 
 from blockrepl.formats.link import NO_EPOCH, Epoch, LinkRole, Message, Pair, encode
-from blockrepl.replication.actions import Action, Close, Event, Send
-from blockrepl.replication.greeting import Introduction
+from blockrepl.replication.actions import Action, Event
+from blockrepl.replication.calling import Calls
 from blockrepl.replication.machine import Machine
 from blockrepl.replication.takeover_report import Report, between, reaches
 
@@ -71,7 +71,7 @@ class Takeover:
         marker: str = "",
         patience_s: float = 15.0,
     ) -> None:
-        self._me = Introduction(group, node, name, LinkRole.OPENER)
+        self.calls = Calls(group, node, name, LinkRole.OPENER, [intermediate, *secondaries])
         self.intermediate = intermediate
         self.secondaries = secondaries
         self.names = names
@@ -79,16 +79,12 @@ class Takeover:
         self.report = Report(dry_run=dry_run)
         self.problem = ""
         self.hint = ""
-        self.peers = [intermediate, *secondaries]  # the host dials these, and says `unreachable` of those that fail
         self._new_id = new_id
         self._force = force
         self._writable = writable
         self._marker = marker
         self._patience_s = patience_s
         self._deadline_s = now_s + patience_s
-        self._links: dict[int, int] = {}  # link → node
-        self._welcomes: dict[int, dict[str, Any]] = {}
-        self._silent: dict[int, str] = {}
         self._answers: dict[int, dict[str, Any]] = {}
         self._epoch: Epoch = NO_EPOCH  # our authority
         self._store_epoch: Epoch = NO_EPOCH  # what is stored: ours, or the one of a takeover to be finished
@@ -106,20 +102,21 @@ class Takeover:
         """It has not ended."""
         return self.machine.state in OPEN
 
+    @property
+    def peers(self) -> list[int]:
+        """The host dials these, and says `unreachable` of those that fail."""
+        return self.calls.peers
+
     # peers
 
     def connected(self, link: int, node: int, nonce: bytes) -> list[Action]:
         """A connection to a peer is up: greet."""
-        self._links[link] = node
-        hello = self._me.hello(node, nonce)
-        return [Send(link, [hello])]
+        return self.calls.connected(link, node, nonce)
 
     def unreachable(self, node: int, why: str, now_s: float) -> list[Action]:
         """A peer does not answer."""
-        if self.phase not in OPEN or node in self._silent:
+        if self.phase not in OPEN or not self.calls.fell_silent(node, why):
             return []
-        self._silent[node] = why
-        self._welcomes.pop(node, None)
         if self.phase is Phase.GREETING:
             return self._greeted(now_s)
         if node == self.intermediate:
@@ -130,22 +127,19 @@ class Takeover:
 
     def lost(self, link: int, now_s: float) -> list[Action]:
         """A link is gone."""
-        node = self._links.pop(link, None)
+        node = self.calls.links.pop(link, None)
         return [] if node is None else self.unreachable(node, "the link broke", now_s)
 
     def _members(self) -> list[int]:
-        return [node for node in self.secondaries if node in self._welcomes]
-
-    def _to(self, nodes: list[int], message: bytes) -> list[Action]:
-        return [Send(link, [message]) for link, node in self._links.items() if node in nodes]
+        return [node for node in self.secondaries if node in self.calls.welcomes]
 
     def received(self, link: int, kind: int, fields: dict[str, Any], now_s: float) -> list[Action]:
         """A message of a peer."""
-        node = self._links.get(link)
+        node = self.calls.links.get(link)
         if node is None or self.phase not in OPEN:
             return []
         if kind == Message.WELCOME:
-            self._welcomes[node] = fields
+            self.calls.welcomes[node] = fields
             return self._greeted(now_s) if self.phase is Phase.GREETING else []
         if kind == Message.REFUSED:
             return self.unreachable(node, f"refused: {fields['text']}", now_s)
@@ -160,30 +154,29 @@ class Takeover:
     # steps
 
     def _greeted(self, now_s: float) -> list[Action]:
-        if len(self._welcomes) + len(self._silent) < len(self.peers):
+        if not self.calls.complete:
             return []
-        missing = [node for node in self.secondaries if node in self._silent]
+        missing = [node for node in self.secondaries if node in self.calls.silent]
         self.report.missing = missing
         if missing and not self._force:
-            who = ", ".join(f"{self.names[node]} ({self._silent[node]})" for node in missing)
+            who = ", ".join(f"{self.names[node]} ({self.calls.silent[node]})" for node in missing)
             return self._fail(f"a secondary is silent: {who}", "start it, or `takeover --force` to go without it")
         if not self._members():
             return self._fail("no secondary answers", "start the secondaries with `blockrepl up`")
-        known = [max(w["epoch"].number, w["promised"].number) for w in self._welcomes.values()]
-        self._epoch = Epoch(max(known) + 1, self._new_id())
+        self._epoch = Epoch(self.calls.highest_epoch + 1, self._new_id())
         self._deadline_s = now_s + self._patience_s
         if self._marker:  # what a drain brings is beyond it
             return [Event(f"to the marker {self._marker}, without a drain"), *self._promise("promise", now_s)]
-        if self.intermediate in self._welcomes:
+        if self.intermediate in self.calls.welcomes:
             self.machine.go("drain")
             text = "asking the intermediate" if self.report.dry_run else "freezing and draining the intermediate"
             return [Event(text), *self._ask_promise([self.intermediate])]
-        actions: list[Action] = [Event(f"without the intermediate ({self._silent[self.intermediate]})")]
+        actions: list[Action] = [Event(f"without the intermediate ({self.calls.silent[self.intermediate]})")]
         return actions + self._promise("promise", now_s)
 
     def _ask_promise(self, nodes: list[int]) -> list[Action]:
         message = encode(Message.PROMISE, 0, epoch=self._epoch, dry_run=self.report.dry_run, marker=self._marker)
-        return self._to(nodes, message)
+        return self.calls.send(nodes, message)
 
     def _promise(self, event: str, now_s: float) -> list[Action]:
         self.machine.go(event)
@@ -228,7 +221,7 @@ class Takeover:
         if self.phase is Phase.PROMISING and self._intermediate and not self.report.dry_run:
             # Then the intermediate has gone on meanwhile, and what it was drained of is not all any more.
             self.report.drained = False
-            if self.intermediate in self._links.values():
+            if self.intermediate in self.calls.links.values():
                 self.machine.go("drain again")
                 self._deadline_s = now_s + self._patience_s
                 return [told, *self._ask_promise([self.intermediate])]
@@ -263,7 +256,7 @@ class Takeover:
             Message.STORE, 0, promise=self._epoch, epoch=self._store_epoch, number=report.number, truncate=True,
             members=report.members, dry_run=report.dry_run,
         )  # fmt: skip
-        return [Event(f"rolling all secondaries to {report.number}"), *self._to(targets, message)]
+        return [Event(f"rolling all secondaries to {report.number}"), *self.calls.send(targets, message)]
 
     def _choose(self) -> tuple[str, str] | None:
         """The number, and what it costs. Returns why there is none, and what to do about it.
@@ -344,10 +337,10 @@ class Takeover:
             self.report.lost_s = max(0, self._newest_ns - self._kept_ns) / 1e9
         if self.report.dry_run:
             self.machine.go("counted")
-            return self._hang_up("dry run")
+            return self.calls.hang_up("dry run")
         self.machine.go("activate")
         message = encode(Message.ACTIVATE, 0, epoch=self._store_epoch, writable=self._writable)
-        return [Event("activating"), *self._to(self._members(), message)]
+        return [Event("activating"), *self.calls.send(self._members(), message)]
 
     def _activated(self, node: int, fields: dict[str, Any]) -> list[Action]:
         if fields["epoch"] != self._store_epoch:
@@ -356,17 +349,12 @@ class Takeover:
         if len(self._answers) < len(self._members()):
             return []
         self.machine.go("activated")
-        return [Event(f"epoch {self._store_epoch} is open at {self.report.number}"), *self._hang_up("done")]
-
-    def _hang_up(self, why: str) -> list[Action]:
-        links = list(self._links)
-        self._links.clear()
-        return [Close(link, why) for link in links]
+        return [Event(f"epoch {self._store_epoch} is open at {self.report.number}"), *self.calls.hang_up("done")]
 
     def _fail(self, problem: str, hint: str) -> list[Action]:
         self.machine.go("fail")
         self.problem, self.hint = problem, hint
-        return [Event(f"takeover failed: {problem}"), *self._hang_up(problem)]
+        return [Event(f"takeover failed: {problem}"), *self.calls.hang_up(problem)]
 
     def tick(self, now_s: float) -> list[Action]:
         """A step that takes too long fails, or goes on without the silent ones where that is allowed."""
@@ -375,7 +363,7 @@ class Takeover:
         if self.phase is Phase.GREETING:
             actions: list[Action] = []
             for node in self.peers:
-                if node not in self._welcomes:
+                if node not in self.calls.welcomes:
                     actions += self.unreachable(node, "no answer", now_s)
             return actions
         if self.phase is Phase.DRAINING:
