@@ -96,6 +96,7 @@ def _fetch(definition: Definition, node: Node, volume: Volume) -> int:
     """Under another name until it is whole and durable. Returns how much was no zeroes. Raises BlockreplError."""
     from blockrepl.formats.image import Side
     from blockrepl.node.create import image_identity, image_path
+    from blockrepl.storage.files import sync_directory
     from blockrepl.storage.image import identity_path, write_durably
 
     address = definition.intermediate.nbd
@@ -110,7 +111,7 @@ def _fetch(definition: Definition, node: Node, volume: Volume) -> int:
             copied = _copy(export, part, volume.size_bytes)
             write_durably(identity_path(path), image_identity(definition, volume, node, side).pack())
             part.rename(path)
-            _sync_directory(path.parent)
+            sync_directory(path.parent)
         except OSError as error:
             raise StorageError(f"{path}: {error.strerror}") from error
         finally:
@@ -136,11 +137,3 @@ def _copy(export: NbdReader, part: Path, size_bytes: int) -> int:
     finally:
         os.close(fd)
     return copied
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -23,7 +23,7 @@ from blockrepl.formats.record import (
 from blockrepl.formats.state import encode_intermediate
 from blockrepl.node.host import Host
 from blockrepl.node.intermediate_volumes import IntermediateVolumes
-from blockrepl.node.ports import Clock, Links, Log, Spills, Workers
+from blockrepl.node.ports import Clock, Links, Log, SaveBitmaps, Spills, Workers
 from blockrepl.node.trimmer import Trimmer
 from blockrepl.replication.actions import (
     Append,
@@ -46,8 +46,6 @@ from blockrepl.storage.journal_file import JournalFile
 CACHE_BYTES = 48 << 20  # newest records kept in memory for the secondaries; older ones are read from the ring
 REPLAY_QUEUE_BYTES = 8 << 20  # a replay pauses while the primary has this much to read
 INFINITY = float("inf")
-SaveBitmaps = Callable[[Callable[[], None]], None]
-"""Make every bitmap of the node durable, then call back on the loop; raises StorageError."""
 
 
 @dataclass(slots=True)

@@ -11,6 +11,9 @@ from blockrepl.block import Buffer, WriteBatch
 from blockrepl.chunks import Chunk
 from blockrepl.storage.undo import Saved, Undo
 
+SaveBitmaps = Callable[[Callable[[], None]], None]
+"""Make every bitmap of the node durable, then call back on the loop; raises StorageError."""
+
 
 class Links(Protocol):
     """Sending and closing, by link number. What is sent on a link that is gone is dropped."""

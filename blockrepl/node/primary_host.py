@@ -13,7 +13,7 @@ from blockrepl.formats.record import RecordHead
 from blockrepl.formats.state import encode_primary
 from blockrepl.node.digests import VERIFY_BLOCK_BYTES, digest_range
 from blockrepl.node.host import Host
-from blockrepl.node.ports import Clock, Disk, Image, Links, Log, Workers
+from blockrepl.node.ports import Clock, Disk, Image, Links, Log, SaveBitmaps, Workers
 from blockrepl.node.store import store_record
 from blockrepl.node.volume_sync import VolumeSync
 from blockrepl.replication.actions import (
@@ -35,8 +35,6 @@ MAX_ATOMIC_BYTES = 1 << 20
 
 SaveBlob = Callable[[bytes, Callable[[], None]], None]
 """Write a state blob durably, then call back on the loop; raises StorageError."""
-SaveBitmaps = Callable[[Callable[[], None]], None]
-"""Make every bitmap of the node durable, then call back on the loop; raises StorageError."""
 
 
 class PrimaryHost(Host):

@@ -7,15 +7,16 @@ bits of the journal, bits of the primaries; between START and END the primaries 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from blockrepl.bitmap import Bitmap
-from blockrepl.errors import ProtocolError, UsageError
+from blockrepl.errors import UsageError
 from blockrepl.formats.link import Message, Pair, encode
 from blockrepl.formats.record import RecordFlag, RecordHead, RecordKind
 from blockrepl.replication.actions import Action, CopyOwn, Event, MarkJournal, SaveBits, Send
+from blockrepl.replication.bits import bit_messages, merge_bits
 from blockrepl.replication.hop1 import Sender
 from blockrepl.replication.machine import Machine
 from blockrepl.replication.opening import Phase
@@ -24,11 +25,10 @@ from blockrepl.replication.streams import Round, Stream
 if TYPE_CHECKING:
     from blockrepl.replication.intermediate import Intermediate
 
+Then = Callable[[float], list[Action]]
 FULL_S = 1.0  # how long a ring must have been full before hop 2 is suspended
 MARK_S = 1.0  # between START and END the journal waits for its bits: how often they are made
 RETRY_S = 2.0  # between attempts at a resync that nobody asked for
-
-
 COMES_FIRST = {
     Pair.SMPL: "there is no pair: blockrepl pair create",
     Pair.COPY: "wait for the copy to end: blockrepl pair wait -s PAIR",
@@ -96,7 +96,6 @@ class Pairing:
         self._starts_through = 0  # the number of the last START given
         self.marked = state.at  # every record up to it is in the bitmaps, or never needed there
         self.high_water = False
-        self.limit_pending: Round | None = None
         self.reason = ""
         self._copied: set[int] = set()  # primaries that have sent everything
         self._rejoined: set[int] = set()
@@ -107,7 +106,9 @@ class Pairing:
         self._full_since_s: float | None = None
         self._retry_s = 0.0
         self._split_writable = False
-        self._token = 0
+        self._copy_again = False
+        self._marked_s = 0.0
+        self._free_bytes = self._ring_bytes = 1
         if state.limited:
             owner.streams.limit = Round(state.at, dict.fromkeys(owner.streams.by_node, 0))
 
@@ -349,13 +350,7 @@ class Pairing:
 
     def bits(self, fields: dict[str, Any]) -> list[Action]:
         """BITMAP from a secondary. Raises ProtocolError."""
-        bitmap = self.bitmaps.get(fields["volume"])
-        if bitmap is None or fields["block_bytes"] != bitmap.block_bytes:
-            raise ProtocolError(f"bits of volume {fields['volume']} in blocks of {fields['block_bytes']} bytes")
-        try:
-            bitmap.merge(fields["first_block"], fields["bits"])
-        except ValueError as error:
-            raise ProtocolError(str(error)) from error
+        merge_bits(self.bitmaps, fields)
         return []
 
     def rejoined(self, node: int, now_s: float) -> list[Action]:
@@ -393,19 +388,18 @@ class Pairing:
 
         return [Event("PAIR: the journal holds all that was missed"), owner.save(stored)]
 
-    def _mark(self, after: int, through: int, then: Any, checkpoints: dict[int, int] | None = None) -> Action:
+    def _mark(self, after: int, through: int, then: Then) -> Action:
         """Turn records into bits."""
 
         def marked(now_s: float) -> list[Action]:
             self._marking = 0
             self.marked = max(self.marked, through)
-            actions: list[Action] = then(now_s)
-            return actions
+            return then(now_s)
 
         self._marking = self._owner.expect(marked)
-        return MarkJournal(after, through, checkpoints or {}, self._marking)
+        return MarkJournal(after, through, {}, self._marking)
 
-    def _save_bits(self, then: Any) -> Action:
+    def _save_bits(self, then: Then) -> Action:
         return SaveBits(self._owner.expect(then))
 
     def _marked(self, now_s: float) -> list[Action]:
@@ -470,13 +464,7 @@ class Pairing:
         # In volumes mode hop 2's own bits are copied from here.
         bitmaps = {} if self._forget or self.copies_here else self.bitmaps
         epoch = state.epoch.number
-        messages = [
-            encode(
-                Message.BITMAP, epoch, volume=volume, block_bytes=bitmap.block_bytes, first_block=first, bits=bits
-            )
-            for volume, bitmap in bitmaps.items() if self.owners.get(volume) == sender.node
-            for first, bits in bitmap.pieces()
-        ]  # fmt: skip
+        messages = bit_messages(epoch, [each for each in bitmaps.items() if self.owners.get(each[0]) == sender.node])
         messages.append(
             encode(
                 Message.RESYNC, epoch, id=state.start, verify=state.verify, rate_bytes=self.rate_bytes,
@@ -579,11 +567,6 @@ class Pairing:
         """The ring has this much free, less the reserve."""
         self._free_bytes, self._ring_bytes = free_bytes, ring_bytes
         self.high_water = free_bytes * 4 < ring_bytes
-
-    _copy_again = False
-    _marked_s = 0.0
-    _free_bytes = 1
-    _ring_bytes = 1
 
     def tick(self, now_s: float) -> list[Action]:
         """Time passes."""

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from blockrepl.bitmap import Bitmap
-from blockrepl.errors import ProtocolError
 from blockrepl.formats.link import Message, Pair, encode
 from blockrepl.replication.actions import Action, Event, Send
+from blockrepl.replication.bits import merge_bits
 from blockrepl.replication.comparing import block_bytes
 from blockrepl.replication.copier import Copier
 from blockrepl.replication.locks import COPIES, Purpose
@@ -47,14 +47,8 @@ class Resyncing:
 
     def bits(self, fields: dict[str, Any]) -> list[Action]:
         """BITMAP: what hop 2 missed. Raises ProtocolError."""
-        bitmap = self._owner.bitmaps.get(fields["volume"])
-        if bitmap is None or fields["block_bytes"] != bitmap.block_bytes:
-            raise ProtocolError(f"bits of volume {fields['volume']} in blocks of {fields['block_bytes']} bytes")
+        merge_bits(self._owner.bitmaps, fields)
         self._merged = True
-        try:
-            bitmap.merge(fields["first_block"], fields["bits"])
-        except ValueError as error:
-            raise ProtocolError(str(error)) from error
         return []
 
     def begin(self, fields: dict[str, Any], now_s: float) -> list[Action]:

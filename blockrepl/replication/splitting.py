@@ -6,11 +6,12 @@ so, and then the bits of what they wrote are told (ARCHITECTURE, "Pair life"; PR
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from blockrepl.errors import ProtocolError
 from blockrepl.formats.link import Message, encode
 from blockrepl.replication.actions import Action, Event, Publish, Send, SyncVolumes, Withdraw
+from blockrepl.replication.bits import bit_messages
 
 if TYPE_CHECKING:
     from blockrepl.replication.secondary import Secondary
@@ -85,9 +86,5 @@ class Splitting:
     def _tell(self, link: int, number: int) -> list[Action]:
         owner = self._owner
         epoch = owner.state.epoch.number
-        messages: list[Any] = [
-            encode(Message.BITMAP, epoch, volume=volume, block_bytes=bitmap.block_bytes, first_block=first, bits=bits)
-            for volume, bitmap in sorted(owner.bitmaps.items())
-            for first, bits in bitmap.pieces()
-        ]
+        messages = bit_messages(epoch, sorted(owner.bitmaps.items()))
         return [Send(link, [*messages, encode(Message.REJOINED, epoch, number=number)])]
