@@ -18,12 +18,14 @@ class VolumeSync:
         self._images = images
         self._disk = disk
         self._workers = workers
-        self._unsynced: dict[int, int] = {}  # volume → how often it was touched since it was clean
+        self._unsynced: dict[int, int] = {}  # volume → which touch was the last; no two have the same number
+        self._touches = 0
 
     def touch(self, volumes: Iterable[int]) -> None:
         """These were written."""
+        self._touches += 1
         for volume in volumes:
-            self._unsynced[volume] = self._unsynced.get(volume, 0) + 1
+            self._unsynced[volume] = self._touches
 
     def sync(self, done: Callable[[OSError | None], None]) -> None:
         """Make durable all that was written before this call, then ``done`` on the loop; with the first error at once.

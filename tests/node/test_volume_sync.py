@@ -76,6 +76,21 @@ def test_what_is_written_during_a_sync_is_not_called_clean_by_it() -> None:
     assert disk.end() == 101
 
 
+def test_what_is_written_between_two_syncs_is_not_called_clean_by_the_second() -> None:
+    """Both began before the write, for two who asked: a power cut could take it when the journal has given it up."""
+    sync, disk, told = made()
+    sync.touch([1])
+    sync.sync(told.append)
+    sync.sync(told.append)
+    disk.end()
+    sync.touch([1])
+    disk.end()
+    assert told == [None, None]
+    sync.sync(told.append)
+    assert told == [None, None]
+    assert disk.end() == 101
+
+
 def test_an_error_is_told_once_and_the_image_stays_unsynced() -> None:
     sync, disk, told = made()
     sync.touch([1, 2])
