@@ -88,7 +88,8 @@ def _tell(definition: Definition, result: Message) -> None:
     else:
         seconds = result.get("lost_s")
         span = "" if seconds is None else f", {seconds:.1f} s"
-        out.print(f"lost: {lost_writes} writes, {bytes_text(lost_bytes)} of them here{span}")
+        known = "" if result.get("counted") else " of them here"
+        out.print(f"lost: {lost_writes} writes, {bytes_text(lost_bytes)}{known}{span}")
     if result.get("rolled_back_from") is not None:
         out.print(f"a copy had not ended: back from {result['rolled_back_from']} to {_text(result.get('number'))}")
     if result.get("initial"):

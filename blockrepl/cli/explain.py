@@ -165,6 +165,7 @@ def _takeover(definition: Definition, statuses: list[Message], pair: str) -> Mes
         "drained",
         "lost_writes",
         "lost_bytes",
+        "counted",
         "lost_s",
         "out_of_sync_bytes",
         "rolled_back_from",
@@ -267,8 +268,9 @@ def _print_takeover(out: Any, takeover: Message | None) -> None:
     else:
         seconds = takeover.get("lost_s")
         span = f", {seconds:.1f} s" if seconds is not None else ""
+        known = "" if takeover.get("counted") else " held here"
         count = "an unknown number of" if lost is None else str(lost)
-        out.print(f"a takeover now loses {count} writes, {bytes_text(takeover.get('lost_bytes'))} held here{span}")
+        out.print(f"a takeover now loses {count} writes, {bytes_text(takeover.get('lost_bytes'))}{known}{span}")
     if takeover.get("out_of_sync_bytes"):
         out.print(
             f"and what was written while suspended: at most {bytes_text(takeover['out_of_sync_bytes'])} in blocks"

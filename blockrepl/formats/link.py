@@ -289,6 +289,7 @@ _bodies: dict[int, Any] = {
         "discarded_bytes" / Int64ub,  # payload
         "kept_ns" / Int64ub,  # when the last record kept was numbered; 0 for unknown
         "newest_ns" / Int64ub,  # … and the newest one discarded
+        "whole" / Flag,  # nothing beyond the number is missing in what was counted
     ),
     Message.ACTIVATE: Struct("epoch" / epoch_id, "writable" / Flag),
     Message.ACTIVATED: Struct("epoch" / epoch_id),
@@ -308,7 +309,7 @@ DEFAULTS: dict[int, dict[str, Any]] = {
         "direction": 0, "pair": Pair.PAIR, "copying": False, "copy_from": 0, "initial": False, "end": 0,
         "trusted": True, "marker": 0, "dirty_bytes": 0,
     },
-    Message.STORED: {"kept_ns": 0, "newest_ns": 0},
+    Message.STORED: {"kept_ns": 0, "newest_ns": 0, "whole": False},
     Message.STORE: {
         "reform": False, "direction": 0, "source": False, "initial": False, "full": [], "verify": False,
     },

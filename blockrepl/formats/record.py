@@ -231,19 +231,22 @@ def check_record(view: memoryview) -> RecordHead:
     return _decode(view, DamagedError)
 
 
-def decode_head(view: memoryview) -> RecordHead:
-    """Header only, without looking at checksums: for records that were checked when they came in."""
-    head = _primary_part(view, DamagedError)
-    part = INTERMEDIATE_PART.unpack_from(view, PRIMARY_PART_BYTES)
-    head.epoch, head.first, head.previous, head.time_ns, head.header_crc = part
-    return head
-
-
 def peek(header: memoryview | bytes) -> tuple[int, int]:
     """Kind of a record and bytes of its entry table, from its header alone: it was checked when it came in."""
     fields = PRIMARY_PART.unpack_from(header)
     kind, count = fields[2], fields[9]
     return kind, count * ENTRY_BYTES
+
+
+def peek_head(header: memoryview | bytes) -> RecordHead:
+    """A record's head from its header alone: it was checked when it came in."""
+    _, _, kind, flags, group, sender, stream, incarnation, batch, count, body_bytes, crc = PRIMARY_PART.unpack_from(
+        header
+    )
+    head = RecordHead(kind, flags, group, sender, stream, incarnation, batch, count, body_bytes, crc)
+    part = INTERMEDIATE_PART.unpack_from(header, PRIMARY_PART_BYTES)
+    head.epoch, head.first, head.previous, head.time_ns, head.header_crc = part
+    return head
 
 
 def peek_size(header: memoryview | bytes) -> int:

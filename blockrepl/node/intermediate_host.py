@@ -15,10 +15,12 @@ from blockrepl.formats.link import Message, bulk_header
 from blockrepl.formats.record import (
     ENTRY,
     HEADER_BYTES,
+    RecordFlag,
     RecordHead,
     RecordKind,
     decode_batch,
     peek,
+    peek_head,
 )
 from blockrepl.formats.state import encode_intermediate
 from blockrepl.node.host import Host
@@ -28,6 +30,8 @@ from blockrepl.node.trimmer import Trimmer
 from blockrepl.replication.actions import (
     Append,
     CopyOwn,
+    CountAbove,
+    Counts,
     DropSpill,
     Forget,
     MarkJournal,
@@ -106,6 +110,7 @@ class IntermediateHost(Host):
             MarkJournal: self._mark_journal,
             Forget: self._forget,
             CopyOwn: self._copy_own,
+            CountAbove: self._count_above,
             Spill: self._spill,
             DropSpill: self._drop_spill,
             Reformed: lambda _action: self.on_reformed(),
@@ -332,6 +337,41 @@ class IntermediateHost(Host):
         except BlockreplError as error:
             return error
         return list(_ranges(record))
+
+    def _count_above(self, action: CountAbove) -> None:
+        """By a worker: a header and a table of entries are read for each record, of which a ring may hold thousands."""
+        journal, number = self.journal.journal, action.number
+        records = [
+            frame for frame in journal.frames() if frame.kind == FrameKind.RECORD and frame.position < journal.durable
+        ]
+        above = [frame for frame in records if frame.last > number]
+        # Numbers are contiguous here: is the first one above it in the ring, then nothing above it was given up.
+        whole = above[0].first <= number + 1 if above else self.role.durable_number <= number
+        kept = max((frame for frame in records if frame.last <= number), key=lambda frame: frame.last, default=None)
+
+        def counted(found: Counts | None, error: Exception | None) -> None:
+            counts = found or Counts()
+            given_up = above and journal.head > above[0].position  # while it was read: overwritten, perhaps
+            counts.whole = whole and error is None and not given_up
+            self.perform(self.role.counted(action.token, counts))
+            self.settle()
+
+        self.workers.run(lambda: self._count(kept, above), counted)
+
+    def _count(self, kept: FrameRef | None, above: list[FrameRef]) -> Counts:
+        """Raises StorageError, DamagedError."""
+        read, counts = self.journal.read, Counts()
+        if kept is not None:
+            counts.kept_ns = peek_head(read(kept.body_offset, HEADER_BYTES)).time_ns
+        for frame in above:
+            head = peek_head(read(frame.body_offset, HEADER_BYTES))
+            if head.kind != RecordKind.UPDATE or head.flags & RecordFlag.COPY:
+                continue
+            counts.newest_ns = max(counts.newest_ns, head.time_ns)
+            counts.writes += head.count
+            table = read(frame.body_offset + HEADER_BYTES, head.count * ENTRY.size)
+            counts.size_bytes += sum(entry[-1] for entry in ENTRY.iter_unpack(table))
+        return counts
 
     def _copy_own(self, action: CopyOwn) -> None:
         if self.volumes is not None:

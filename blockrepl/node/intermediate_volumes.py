@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from blockrepl.formats.journal import FrameKind
-from blockrepl.formats.record import RecordHead, RecordKind, decode_head, iterate_entries
+from blockrepl.formats.record import RecordHead, RecordKind, iterate_entries, peek_head
 from blockrepl.node.digests import digest_range
 from blockrepl.node.ports import Clock, Disk, Image, Workers
 from blockrepl.node.store import store_record
@@ -67,7 +67,7 @@ class IntermediateVolumes:
         for frame in self._journal.journal.frames():
             if frame.kind == FrameKind.RECORD:
                 record = memoryview(self._journal.read(frame.body_offset, frame.body_bytes))
-                self._store(decode_head(record), record)
+                self._store(peek_head(record), record)
 
     # following
 

@@ -9,7 +9,7 @@ from typing import Any
 from blockrepl.chunks import Chunk
 from blockrepl.errors import StorageError
 from blockrepl.formats.journal import FRAME_HEADER_BYTES, RING_OFFSET, FrameKind, frame_bytes
-from blockrepl.formats.record import RecordFlag, RecordHead, RecordKind, decode_record
+from blockrepl.formats.record import ENTRY_BYTES, RecordFlag, RecordHead, RecordKind, decode_record
 from blockrepl.formats.state import encode_secondary
 from blockrepl.node.applying import Applier, Held
 from blockrepl.node.host import Host
@@ -269,7 +269,8 @@ class SecondaryHost(Host):
         kept_ns = heads[-len(gone) - 1].time_ns if len(heads) > len(gone) else last_ns
         last = gone[0].previous if gone else self.role.received
         writes = [head for head in gone if head.kind == RecordKind.UPDATE and not head.flags & RecordFlag.COPY]
-        count, size_bytes = sum(head.count for head in writes), sum(head.body_bytes for head in writes)
+        count = sum(head.count for head in writes)
+        size_bytes = sum(head.body_bytes for head in writes) - count * ENTRY_BYTES
         newest_ns = gone[-1].time_ns if gone else 0
 
         def truncated(_writes: int = 0, _bytes: int = 0) -> None:

@@ -49,7 +49,8 @@ class TakeoverRun(OpenerRun):
             "lost_s": report.lost_s,
             "out_of_sync_bytes": report.out_of_sync_bytes,
             "split_bytes": report.split_bytes,
-            "lost_bytes": report.discarded_bytes,
+            "lost_bytes": report.lost_bytes,
+            "counted": report.counted,
             "discarded_writes": report.discarded_writes,
             "missing": [names[node] for node in report.missing],
             "volumes": [

@@ -88,6 +88,25 @@ class MarkJournal:
 
 
 @dataclass(slots=True)
+class CountAbove:
+    """Count hosts' writes above ``number`` that are durable in the journal; answered by `counted(token, counts)`."""
+
+    number: int
+    token: int
+
+
+@dataclass(slots=True)
+class Counts:
+    """What lies above a number in a journal. Bytes are those of entries and payload, times of the wall clock."""
+
+    writes: int = 0
+    size_bytes: int = 0
+    kept_ns: int = 0  # when the last record not above was numbered; 0 for unknown
+    newest_ns: int = 0
+    whole: bool = False  # the journal still holds everything above the number
+
+
+@dataclass(slots=True)
 class Spill:
     """Keep the records of a primary that is away beside the ring, durably; answered by `saved(token)`."""
 
@@ -306,6 +325,6 @@ class Event:
 Action = (
     Send | Close | Append | AppendNote | SyncJournal | SaveState | Transmit | Replay | Trim | Truncate | Apply
     | HaltApply | OpenUndo | RestoreUndo | DropUndo | Withdraw | Publish | BecomeSource | SaveBits | MarkJournal
-    | CopyOwn | Spill | DropSpill | Forget | Reformed | SyncVolumes | StoreBatch | StoreRecord | FailBatch
+    | CopyOwn | CountAbove | Spill | DropSpill | Forget | Reformed | SyncVolumes | StoreBatch | StoreRecord | FailBatch
     | DigestBlocks | ReadBlocks | ReadMetadata | Digested | Event
 )  # fmt: skip

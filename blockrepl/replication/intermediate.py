@@ -36,7 +36,18 @@ from blockrepl.formats.record import (
     number_record,
 )
 from blockrepl.formats.state import IntermediateState
-from blockrepl.replication.actions import Action, Append, Close, DropSpill, Event, Replay, SaveState, Send, Spill
+from blockrepl.replication.actions import (
+    Action,
+    Append,
+    Close,
+    Counts,
+    DropSpill,
+    Event,
+    Replay,
+    SaveState,
+    Send,
+    Spill,
+)
 from blockrepl.replication.comparing import Comparing
 from blockrepl.replication.greeting import Introduction, Problem, refused
 from blockrepl.replication.hop1 import Sender, Senders
@@ -109,6 +120,7 @@ class Intermediate:
         self._beat_s = 0.0
         self._token = 0
         self._on_saved: dict[int, Callable[[float], list[Action]]] = {}
+        self._on_counted: dict[int, Callable[[Counts], list[Action]]] = {}
         self._hello_links: dict[int, int] = {}  # links to secondaries on which HELLO went out, and their node
         self._heard_s: dict[int, float] = {}
         self._nonces: dict[int, bytes] = {}
@@ -153,6 +165,16 @@ class Intermediate:
         self._token += 1
         self._on_saved[self._token] = then
         return self._token
+
+    def expect_counts(self, then: Callable[[Counts], list[Action]]) -> int:
+        """A token for `CountAbove`; ``then`` runs at its `counted`."""
+        self._token += 1
+        self._on_counted[self._token] = then
+        return self._token
+
+    def counted(self, token: int, counts: Counts) -> list[Action]:
+        """`CountAbove` with this token is done. Nothing in the role depends on it: it is for a report."""
+        return self._on_counted.pop(token)(counts)
 
     def save(self, then: Callable[[float], list[Action]]) -> SaveState:
         """Ask for the state to be stored; ``then`` runs when it is durable."""

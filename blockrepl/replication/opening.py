@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from blockrepl.errors import ProtocolError
 from blockrepl.formats.link import NO_EPOCH, Epoch, Message, Pair, Refusal, encode
-from blockrepl.replication.actions import Action, Close, Event, Forget, MarkJournal, Reformed, Send
+from blockrepl.replication.actions import Action, Close, CountAbove, Counts, Event, Forget, MarkJournal, Reformed, Send
 from blockrepl.replication.machine import Machine
 
 if TYPE_CHECKING:
@@ -333,6 +333,8 @@ class Opening:
     def asked_to_store(self, link: int, fields: dict[str, Any], now_s: float) -> list[Action]:
         """STORE(reform): turn what the journal knows into bits, forget it, begin anew above the number (rule 25)."""
         owner = self._owner
+        if fields["dry_run"]:
+            return [CountAbove(fields["number"], owner.expect_counts(lambda counts: self._counted(link, counts)))]
         if not fields["reform"]:
             raise ProtocolError("STORE without reform does not belong on an intermediate's link")
         if fields["epoch"] == owner.state.epoch:
@@ -392,6 +394,16 @@ class Opening:
             Message.STORED, owner.state.epoch.number, epoch=epoch or owner.state.epoch, applied=0,
             discarded_writes=0, discarded_bytes=0,
         )  # fmt: skip
+
+    def _counted(self, link: int, counts: Counts) -> list[Action]:
+        """What a takeover that leaves off at a number would give up, for its report."""
+        owner = self._owner
+        message = encode(
+            Message.STORED, owner.state.epoch.number, epoch=owner.state.epoch, applied=0,
+            discarded_writes=counts.writes, discarded_bytes=counts.size_bytes, kept_ns=counts.kept_ns,
+            newest_ns=counts.newest_ns, whole=counts.whole,
+        )  # fmt: skip
+        return [Send(link, [message])]
 
     def _freeze(self, now_s: float, why: str) -> list[Action]:
         self._go("freeze")

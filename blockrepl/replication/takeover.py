@@ -91,6 +91,7 @@ class Takeover:
         self._tries = 0
         self._intermediate: dict[str, Any] = {}  # its PROMISED
         self._kept_ns = self._newest_ns = 0
+        self._counting = False  # the intermediate was asked what is lost, and has not answered
 
     @property
     def phase(self) -> Phase:
@@ -122,7 +123,7 @@ class Takeover:
         if node == self.intermediate:
             if self.phase is Phase.DRAINING:
                 return [Event("the intermediate went away while draining"), *self._promise("promise", now_s)]
-            return []
+            return self._counted(None) if self._counting else []
         return self._fail(f"{self.names[node]} went away ({why})", "run takeover again")
 
     def lost(self, link: int, now_s: float) -> list[Action]:
@@ -250,13 +251,43 @@ class Takeover:
         if report.dry_run and report.drained:  # a real one would bring them all up to what the intermediate holds
             targets = []
         self._answers = {node: answer for node, answer in answers.items() if node not in targets}
-        if not targets:
+        actions = self._count_lost()
+        if not targets and not self._counting:
             return self._activate()
-        message = encode(
+        told = [Event(f"rolling all secondaries to {report.number}")] if targets else []
+        return [*told, *actions, *self.calls.send(targets, self._store_message(dry_run=report.dry_run))]
+
+    def _store_message(self, *, dry_run: bool) -> bytes:
+        report = self.report
+        return encode(
             Message.STORE, 0, promise=self._epoch, epoch=self._store_epoch, number=report.number, truncate=True,
-            members=report.members, dry_run=report.dry_run,
+            members=report.members, dry_run=dry_run,
         )  # fmt: skip
-        return [Event(f"rolling all secondaries to {report.number}"), *self.calls.send(targets, message)]
+
+    def _count_lost(self) -> list[Action]:
+        """Have the intermediate count in its journal what is given up: it alone has all of it."""
+        if not self.report.lost_writes or self.intermediate not in self.calls.links.values():
+            return []
+        self._counting = True
+        return self.calls.send([self.intermediate], self._store_message(dry_run=True))
+
+    def _counted(self, fields: dict[str, Any] | None) -> list[Action]:
+        """… or it fell silent: then the report has what the secondaries know."""
+        self._counting = False
+        report = self.report
+        if fields is not None and fields["whole"]:
+            report.counted = True
+            report.lost_writes, report.lost_bytes = fields["discarded_writes"], fields["discarded_bytes"]
+        if fields is not None:
+            self._hear_times(fields)
+        return self._stored_by_all()
+
+    def _hear_times(self, fields: dict[str, Any]) -> None:
+        self._kept_ns = max(self._kept_ns, fields["kept_ns"])
+        self._newest_ns = max(self._newest_ns, fields["newest_ns"])
+
+    def _stored_by_all(self) -> list[Action]:
+        return self._activate() if len(self._answers) == len(self._members()) and not self._counting else []
 
     def _choose(self) -> tuple[str, str] | None:
         """The number, and what it costs. Returns why there is none, and what to do about it.
@@ -319,18 +350,21 @@ class Takeover:
 
     def _stored(self, node: int, fields: dict[str, Any]) -> list[Action]:
         report = self.report
+        if node == self.intermediate:
+            return self._counted(fields) if self._counting else []
         if fields["epoch"] != self._store_epoch and not report.dry_run:
             text = f"{self.names[node]} has promised epoch {fields['epoch'].number} meanwhile"
             return self._fail(text, "the intermediate may be alive and have gone on: look at status, then try again")
         report.discarded_writes += fields["discarded_writes"]
         report.discarded_bytes += fields["discarded_bytes"]
-        self._kept_ns = max(self._kept_ns, fields["kept_ns"])
-        self._newest_ns = max(self._newest_ns, fields["newest_ns"])
+        self._hear_times(fields)
         self._answers[node] = fields
-        return self._activate() if len(self._answers) == len(self._members()) else []
+        return self._stored_by_all()
 
     def _activate(self) -> list[Action]:
         self._answers.clear()
+        if not self.report.counted:
+            self.report.lost_bytes = self.report.discarded_bytes
         if not self.report.lost_writes:
             self.report.lost_s = 0.0
         elif self._kept_ns and self._newest_ns:
@@ -372,4 +406,6 @@ class Takeover:
             text = "the intermediate is alive but cannot bring all secondaries up to date in time"
             return self._fail(text, "see `status`; `takeover --force` gives up what is not at all secondaries")
         waiting = [self.names[node] for node in self._members() if node not in self._answers]
+        if self._counting and not waiting:
+            return [Event("the intermediate does not say what is lost"), *self._counted(None)]
         return self._fail(f"no answer from {', '.join(waiting)} while {self.phase.value}", "run takeover again")

@@ -20,6 +20,8 @@ class Report:
     initial: bool = False  # … of an initial copy: it has no consistent image
     rolled_back_from: int | None = None  # copying: what all hold, and go back from to ``number``
     lost_writes: int = 0  # known to have been numbered and not at all secondaries; copied blocks count too
+    lost_bytes: int = 0  # of them, as far as they were counted
+    counted: bool = False  # the intermediate counted hosts' writes in its journal: exactly those are lost
     lost_s: float | None = None  # from the last write kept to the newest one known to be lost; None for unknown
     out_of_sync_bytes: int = 0  # suspended: what the old site alone has, in blocks, as far as it is known
     split_bytes: int = 0  # what hosts at this site wrote since a split, in blocks: it stays

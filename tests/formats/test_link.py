@@ -42,7 +42,8 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "direction": st.integers(0, 255), "pair": st.integers(0, 255), "numbering": st.booleans(),
     "copying": st.booleans(), "split": st.booleans(), "verify": st.booleans(), "reform": st.booleans(),
     "initial": st.booleans(), "source": st.booleans(), "full": st.lists(st.integers(0, 65535), max_size=9),
-    "forget": st.booleans(), "bits": st.binary(max_size=99), "block_bytes": st.integers(0, (1 << 32) - 1),
+    "forget": st.booleans(), "whole": st.booleans(),
+    "bits": st.binary(max_size=99), "block_bytes": st.integers(0, (1 << 32) - 1),
 }  # fmt: skip
 
 

@@ -18,12 +18,12 @@ from blockrepl.formats.record import (
     RecordKind,
     check_record,
     decode_batch,
-    decode_head,
     decode_record,
     encode_record,
     iterate_entries,
     number_record,
     peek,
+    peek_head,
 )
 
 GROUP = bytes(range(16))
@@ -95,7 +95,7 @@ def test_what_goes_in_comes_out(given_commands: list[Command]) -> None:
         for _, op, flags, offset, _, payload in iterate_entries(head, memoryview(whole))
     ]
     assert entries == given_commands
-    assert decode_head(memoryview(whole)) == head
+    assert peek_head(memoryview(whole)[:HEADER_BYTES]) == head
     assert peek(bytes(whole[:HEADER_BYTES])) == (head.kind, head.count * ENTRY_BYTES)
 
 

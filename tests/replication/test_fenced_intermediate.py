@@ -66,7 +66,7 @@ def test_an_intermediate_that_cannot_store_never_names_the_epoch_that_was_asked_
     role.opening.asked_to_promise(9, {"epoch": THREE, "dry_run": False, "reform": True}, 0.0)
     role.opening.tick(1000.0)
     assert role.phase is not Phase.FROZEN
-    store = {"reform": True, "epoch": THREE, "promise": THREE, "number": 7}
+    store = {"dry_run": False, "reform": True, "epoch": THREE, "promise": THREE, "number": 7}
     answer = said(role.opening.asked_to_store(9, store, 1001.0)[0])
     assert answer is not None
     assert answer[2]["epoch"] == ONE

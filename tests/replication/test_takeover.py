@@ -114,6 +114,54 @@ def test_what_is_lost_is_said_in_writes_bytes_and_seconds() -> None:
     assert (told.lost_writes, told.discarded_bytes, told.lost_s) == (13, 4096, 1.5)
 
 
+def counting() -> Takeover:
+    """Split at 40: the intermediate, at 90, is asked what a takeover gives up."""
+    role = with_intermediate(held=90, validated=40, pair=Pair.PSUS)
+    asked = promised(role, answer(held=40, validated=40), answer(held=40, validated=40))
+    assert (asked, role.report.lost_writes) == (40, 50)
+    return role
+
+
+def counts(**fields: Any) -> dict[str, Any]:
+    """The intermediate's STORED."""
+    return arrives(Message.STORED, epoch=ONE, applied=0, **{"discarded_writes": 0, "discarded_bytes": 0, **fields})
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_the_intermediate_counts_in_its_journal_is_what_is_lost(first: bool) -> None:
+    """START, END and copied blocks have numbers too, and are no writes of hosts."""
+    role = counting()
+    told = counts(discarded_writes=47, discarded_bytes=8192, kept_ns=1_000_000_000, newest_ns=3_000_000_000, whole=True)
+    if not first:
+        stored(role)
+        assert role.phase is Phase.STORING, "the report waits for what the intermediate says"
+    role.received(MID, Message.STORED, told, 0.0)
+    if first:
+        stored(role)
+    assert role.phase is Phase.ACTIVATING
+    assert (role.report.counted, role.report.lost_writes, role.report.lost_bytes) == (True, 47, 8192)
+    assert role.report.lost_s == 2.0
+
+
+def test_a_journal_that_gave_up_some_of_it_is_not_what_is_lost() -> None:
+    role = counting()
+    role.received(MID, Message.STORED, counts(discarded_writes=9, discarded_bytes=512, whole=False), 0.0)
+    stored(role, discarded_bytes=7)
+    assert (role.report.counted, role.report.lost_writes, role.report.lost_bytes) == (False, 50, 14)
+
+
+@pytest.mark.parametrize("how", ["link", "time"])
+def test_an_intermediate_that_falls_silent_while_it_counts_does_not_stop_a_takeover(how: str) -> None:
+    role = counting()
+    stored(role)
+    if how == "link":
+        role.lost(MID, 1.0)
+    else:
+        role.tick(1e6)
+    assert role.phase is Phase.ACTIVATING
+    assert (role.report.counted, role.report.lost_writes) == (False, 50)
+
+
 def test_seconds_that_nobody_knows_are_not_made_up() -> None:
     role = opener(dry_run=True)
     promised(role, copying(70, 40), copying(70, 40))

@@ -10,7 +10,7 @@ from blockrepl.block import Op
 from blockrepl.errors import DamagedError
 from blockrepl.formats.journal import FrameKind
 from blockrepl.formats.link import Message, Pair, decode_body, decode_header
-from blockrepl.formats.record import RecordHead, RecordKind, check_record, decode_head, iterate_entries
+from blockrepl.formats.record import RecordHead, RecordKind, check_record, iterate_entries
 from blockrepl.formats.slots import SlotKind
 from blockrepl.formats.state import decode_intermediate
 from blockrepl.replication.actions import Send
@@ -445,4 +445,4 @@ def recovered_number(file: SimFile, node_id: int, ring_bytes: int) -> int:
     return max(last, decode_intermediate(recovered.state).durable)
 
 
-__all__ = ["Oracle", "Write", "decode_head"]
+__all__ = ["Oracle", "Write"]

@@ -49,3 +49,22 @@ def test_hosts_write_at_both_sides_of_a_split_and_the_resync_makes_them_one(grou
     primary.close()
     group.settle()
     assert group.differing() == []
+
+
+def test_a_takeover_while_split_says_to_the_byte_what_it_gives_up(group: RealGroup) -> None:
+    """The intermediate's journal has it; blocks of a copy, START and END are numbered too, and are nobody's writes."""
+    primary = group.open(A)
+    primary.write(0, b"p" * BLOCK, durable=True)
+    pair(group, "pair_split")
+    wait_for(lambda: pair(group) == "PSUS", "the split")
+    for block in range(3):
+        primary.write(block * BLOCK, b"q" * 8192, durable=True)
+    asked = {"dry_run": True}
+    dry = call(group.node("s1").directory, "takeover", asked, timeout_s=TIMEOUT_S)
+    assert (dry["counted"], dry["lost_writes"], dry["lost_bytes"]) == (True, 3, 3 * 8192)
+    assert dry["lost_s"] >= 0
+    primary.write(7 * BLOCK, b"q" * 4096, durable=True)
+    primary.close()
+    done = call(group.node("s1").directory, "takeover", {}, timeout_s=TIMEOUT_S)
+    assert (done["counted"], done["lost_writes"], done["lost_bytes"]) == (True, 4, 3 * 8192 + 4096)
+    assert group.open(A, secondary=True).read(0, 4096) == b"p" * 4096
