@@ -112,10 +112,11 @@ class Copying:
     def own_number(self) -> int:
         """Where this secondary is in order, or comes to be: all it holds, or what a copy goes back to.
 
-        0 where a copy has begun: then only the way back leads to a number.
+        All it holds also behind an END: that may be valid, and the sources' bits gone. 0 where a copy has begun: then
+        only the way back leads to a number.
         """
         newest = self.newest
-        if newest is None:
+        if newest is None or newest.end:
             return self._owner.held
         begun = self.stage is not Stage.PLAIN and len(self.spans) == 1
         return 0 if begun else newest.before

@@ -161,8 +161,10 @@ def _decide_initial(question: Question, data: Promises, made: Plan) -> None:
     torn = [node for node in question.targets if data[node]["active"] and not data[node]["trusted"]]
     old = [node for node in question.targets if data[node]["active"]]
     rest = [data[node] for node in question.targets if not data[node]["active"]]
-    numbers = {answer["copy_from"] if answer["copying"] else answer["held"] for answer in rest}
-    begun = [answer for answer in rest if answer["copying"] and answer["initial"]]
+    # Behind an END it goes forward, as it must where that is valid: the sources have cleared their bits then.
+    inside = [answer for answer in rest if answer["copying"] and not answer["end"]]
+    numbers = {answer["copy_from"] if answer in inside else answer["held"] for answer in rest}
+    begun = [answer for answer in inside if answer["initial"]]
     if torn:
         why = f"{_name(question, torn)} stopped uncleanly and has not recovered since"
     elif begun:

@@ -346,13 +346,26 @@ class Epochs:
             return owner.copying.when_settled(bring_up, now_s)
 
         def bring_up(now_s: float) -> list[Action]:
-            """To its own number, if it is to go back to it; else at least what is validated, which the bits end at."""
+            """Bits of the sources may begin above what is validated here: they know that number before a target does.
+
+            So it applies all it holds, unless a copy leads it back to the number that all come to be at.
+            """
+            if state.active:
+                return apply(now_s)
+            number = owner.held if fields["initial"] else owner.copying.own_number
+            if number <= owner.validated and not state.split:
+                return apply(now_s)
+            owner.splitting.end()  # else nothing is applied
+            owner.validated = max(owner.validated, number)
+            state.prepared = max(state.prepared, number)  # the promise has made it all durable
+            return [owner.save(apply)]  # so that no takeover goes back behind what is applied now
+
+        def apply(now_s: float) -> list[Action]:
             copying = owner.copying
-            if not (state.active or fields["initial"]):
-                owner.validated = max(owner.validated, copying.own_number)
-            target = owner.applied if state.active else copying.reach
-            owner.copying.when_applied(target, lambda _: [SyncVolumes(owner.later(synced))])
-            return ([] if state.active else copying.advance(now_s)) + owner.copying.reached(now_s)
+            copying.when_applied(
+                owner.applied if state.active else copying.reach, lambda _: [SyncVolumes(owner.later(synced))]
+            )
+            return ([] if state.active else copying.advance(now_s)) + copying.reached(now_s)
 
         def synced(now_s: float) -> list[Action]:
             if _initial(state, fields) or state.copying:

@@ -254,7 +254,9 @@ def test_25_a_target_brings_its_images_to_its_number_before_it_forgets_its_journ
     role = following(held=9, prepared=9, validated=5, applied=5)
     _promise(role)
     reform = {"truncate": False, "reform": True, "source": False, "initial": False, "direction": 1}
-    assert _store(role, 100, **reform) == [Apply(9)]
+    actions = _store(role, 100, **reform)
+    assert (words(actions), role.durable_state().validated) == (["SaveState"], 9)
+    assert finish(role, actions) == [Apply(9)]
     actions = role.was_applied(9, 0.0)
     assert words(actions) == ["SyncVolumes"]
     actions = finish(role, actions)
@@ -266,6 +268,54 @@ def test_25_a_target_brings_its_images_to_its_number_before_it_forgets_its_journ
     assert (state.epoch, state.copying, state.copy_from, state.applied, state.held) == (TWO, True, 100, 100, 100)
     assert "STORED" in words(finish(role, actions))
     assert role.phase is Phase.FOLLOWING
+
+
+TARGET = {"truncate": False, "reform": True, "source": False, "direction": 1}
+
+
+@pytest.mark.parametrize("initial", [False, True])
+def test_8_a_target_applies_all_it_holds_since_the_sources_bits_may_begin_above_what_is_validated_here(
+    initial: bool,
+) -> None:
+    """The sources hear of a validated number before the targets do: what lies below it, nobody copies again."""
+    role = following(held=9, prepared=8, validated=5, applied=5)
+    _promise(role)
+    actions = _store(role, 100, initial=initial, **TARGET)
+    assert (words(actions), role.durable_state().validated) == (["SaveState"], 9), "no takeover goes back behind it"
+    assert finish(role, actions) == [Apply(9)]
+    assert words(role.was_applied(9, 0.0)) == ["SyncVolumes"]
+
+
+def test_8_so_does_one_that_is_split_and_its_hosts_are_stopped_first() -> None:
+    role = secondary(held=9, prepared=9, validated=5, applied=5, split=True)
+    _promise(role)
+    actions = _store(role, 100, initial=True, **TARGET)
+    assert (words(actions), role.state.split) == (["Withdraw"], True)
+    actions = finish(role, actions)
+    assert (words(actions), role.state.split) == (["SaveState"], False)
+    assert finish(role, actions) == [Apply(9)]
+
+
+@pytest.mark.parametrize("initial", [False, True])
+def test_20_a_target_that_holds_an_end_goes_forward_since_it_may_be_valid_and_all_bits_gone(initial: bool) -> None:
+    role = copying()
+    control(role, RecordKind.END, 70, 60, 51)
+    _promise(role)
+    actions = finish(role, _store(role, 100, initial=initial, **TARGET))
+    assert actions == [Apply(70, undo=True)]
+    actions = finish(role, role.was_applied(70, 0.0))
+    assert (words(actions), role.state.copying) == (["SaveState"], False)
+    assert "DropUndo" in words(finish(role, actions))
+
+
+def test_20_a_target_in_mid_copy_drops_what_it_will_undo() -> None:
+    """The sources keep the bits of all of it until an END is valid."""
+    role = copying()
+    role.record(7, *_record(65, 60))
+    prepared(role, 65)
+    _promise(role)
+    assert words(_store(role, 100, initial=False, **TARGET)) == ["SyncVolumes"]
+    assert role.applied == 60
 
 
 def test_25_a_source_that_becomes_a_target_stops_its_hosts_first() -> None:

@@ -139,3 +139,22 @@ def test_targets_between_start_and_end_keep_their_way_back() -> None:
         s1={"stored": new}, s2={"stored": new}, p1={**state, "held": 140}, p2={**state, "held": 130},
     )  # fmt: skip
     assert not made(swap(), data, middle).initial
+
+
+def test_targets_that_hold_an_end_are_at_what_they_hold() -> None:
+    """The END may be valid: nobody goes back from it. They are at one number only if they hold the same."""
+    copy = {"copying": True, "copy_from": 50, "end": 85}
+    data = {P1: said(active=True), P2: said(active=True), S1: said(**copy), S2: said(**copy)}
+    assert not made(replace(I1), data, said(NO_EPOCH, held=0)).initial
+    data[S2]["held"] = 91
+    assert made(replace(I1), data, said(NO_EPOCH, held=0)).initial
+    data[S2].update(held=90, end=0)  # it never got the END: then that is not valid, but s1 has no way back
+    assert made(replace(I1), data, said(NO_EPOCH, held=0)).initial
+
+
+def test_targets_at_the_end_of_an_initial_copy_have_an_image_to_go_back_to() -> None:
+    copy = {"copying": True, "initial": True, "end": 85}
+    data = {P1: said(active=True), P2: said(active=True), S1: said(**copy), S2: said(**copy)}
+    assert not made(replace(I1), data, said(NO_EPOCH, held=0)).initial
+    data[S1]["end"] = data[S2]["end"] = 0
+    assert made(replace(I1), data, said(NO_EPOCH, held=0)).initial
