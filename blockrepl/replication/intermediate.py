@@ -215,6 +215,9 @@ class Intermediate:
                 return Refusal.NODE, f"node {fields['node']} is no primary of this group"
             if fields["node"] in self.state.excluded:
                 return Refusal.STATE, f"node {fields['node']} is excluded: `blockrepl node include` lets it back in"
+            theirs, ours = fields["epoch"], self.state.epoch
+            if ours.number and theirs.number == ours.number and theirs.id != ours.id:
+                return Refusal.EPOCH, f"split brain: epoch {theirs} there, {ours} here"
         elif fields["role"] not in (LinkRole.OPENER, LinkRole.REFORMER):
             return Refusal.ROLE, "an intermediate takes links of primaries and of openers"
         return None

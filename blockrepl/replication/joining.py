@@ -52,12 +52,25 @@ class Joining:
         """REFUSED: whatever for, a higher epoch that it names is remembered (rule 24)."""
         owner, state = self._owner, self._owner.state
         owner.refusal = fields["text"]
+        if self._is_another(fields["epoch"]):
+            return self._part(fields["epoch"])
         actions: list[Action] = [Event(f"the intermediate refused: {fields['text']}", {"code": fields["code"]})]
         higher: Epoch = max(fields["epoch"], fields["promised"])
         if higher.number > state.promised.number:
             state.promised = higher
             actions.append(owner.save_state(lambda _: []))
         return [*actions, Close(owner.link, "refused")]
+
+    def _is_another(self, epoch: Epoch) -> bool:
+        """Whether it is our epoch by its number and not by its id: the group was opened twice (rule 22)."""
+        ours = self._owner.state.epoch
+        return bool(ours.number) and epoch.number == ours.number and epoch.id != ours.id
+
+    def _part(self, epoch: Epoch) -> list[Action]:
+        """Split brain: whatever this process went on with would be a third history. It completes nothing any more."""
+        owner = self._owner
+        owner.parted = f"split brain: epoch {epoch} at the intermediate, {owner.state.epoch} here"
+        return [Event(owner.parted), Close(owner.link, owner.parted)]
 
     def welcome(self, fields: dict[str, Any], now_s: float) -> list[Action]:
         """WELCOME. Raises ProtocolError when it does not fit."""
@@ -70,12 +83,14 @@ class Joining:
             raise ProtocolError(f"node {fields['node']} is not the intermediate")
         known = max(state.epoch.number, state.promised.number)
         epoch: Epoch = fields["epoch"]
+        if self._is_another(epoch):
+            return self._part(epoch)
         if epoch.number < known:
             raise ProtocolError(f"WELCOME of epoch {epoch.number}, but epoch {known} exists")
         if fields["through"] < state.checkpoint and not state.suspended:
             raise ProtocolError("the intermediate holds less than this primary's checkpoint")
         self._welcome = fields
-        owner.refusal = ""
+        owner.refusal = owner.parted = ""
         if epoch == state.epoch:
             return self._enter(now_s)
         state.epoch, state.promised = epoch, max(state.promised, epoch)

@@ -136,6 +136,7 @@ class Primary:
         self.acked = state.checkpoint  # highest number known acknowledged; all of it is stored (page cache)
         self.validated = 0
         self.refusal = ""  # why the intermediate last refused, or why we stopped
+        self.parted = ""  # split brain, in words
         self.link = 0  # to the intermediate; 0 for none
         self._credit = 0
         self._credit_used = 0
@@ -179,8 +180,11 @@ class Primary:
 
     @property
     def fenced(self) -> bool:
-        """A higher epoch than the one it works in is known: no write completes until a WELCOME names it (rule 24)."""
-        return self.state.promised.number > self.state.epoch.number
+        """A higher epoch than the one it works in is known: no write completes until a WELCOME names it (rule 24).
+
+        Nor when the intermediate works in another epoch of the same number (rule 22).
+        """
+        return self.state.promised.number > self.state.epoch.number or bool(self.parted)
 
     @property
     def live(self) -> bool:
@@ -583,6 +587,8 @@ class Primary:
 
     def why_held(self) -> str:
         """For people: why no write completes now; empty when they do."""
+        if self.parted and not self.failing:
+            return self.parted
         if self.machine.state is Phase.LIVE:
             if not self.numbering:
                 return f"the group is suspended ({self.pair.name}): blockrepl pair resync"

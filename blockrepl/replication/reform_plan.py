@@ -54,7 +54,8 @@ class Question:
 
 def plan(question: Question, data: Promises, intermediate: dict[str, Any]) -> Plan | Refused:
     """The plan, or what forbids it."""
-    refused = _sources_refused(question, data) or _nothing_to_do(question, data, intermediate)
+    refused = _split_brain(question, data, intermediate) or _sources_refused(question, data)
+    refused = refused or _nothing_to_do(question, data, intermediate)
     if refused is None and question.replaced:
         refused = _replaced_refused(question, data, intermediate)
     if refused is not None:
@@ -76,6 +77,28 @@ def is_new(answer: dict[str, Any]) -> bool:
 
 def _name(question: Question, nodes: list[int]) -> str:
     return ", ".join(question.names[node] for node in nodes)
+
+
+def _split_brain(question: Question, data: Promises, intermediate: dict[str, Any]) -> Refused | None:
+    """Two stored epochs of one number (rule 22), or sources that took over each without the other."""
+    if question.force:
+        return None
+    way = "--force forms the group anew from the sources as they are, and gives up what the others have"
+    by_number: dict[int, dict[Any, list[int]]] = {}
+    for node, answer in [*data.items(), *((n, intermediate) for n in question.names if n not in data)]:
+        if answer["stored"].number:
+            by_number.setdefault(answer["stored"].number, {}).setdefault(answer["stored"], []).append(node)
+    for number, epochs in by_number.items():
+        if len(epochs) > 1:
+            who = " and ".join(f"{_name(question, nodes)} in {epoch}" for epoch, nodes in sorted(epochs.items()))
+            return Refused(f"split brain: two epochs have number {number}: {who}", way)
+    for node in question.sources:
+        members = data[node]["members"]
+        without = [each for each in question.sources if each not in members]
+        if node in members and without:
+            who = f"{question.names[node]} has taken over without {_name(question, without)}"
+            return Refused(f"split brain: {who}: their volumes are at different numbers", way)
+    return None
 
 
 def _sources_refused(question: Question, data: Promises) -> Refused | None:

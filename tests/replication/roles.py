@@ -159,10 +159,10 @@ def greet(role: Intermediate, link: int, node: int = P1, **fields: Any) -> list[
     return actions + saved(role, actions)
 
 
-def live(role: Primary, link: int = 1, credit: int = FREE) -> Primary:
+def live(role: Primary, link: int = 1, credit: int = FREE, **fields: Any) -> Primary:
     """A started primary is welcomed, replays nothing, and is live."""
     role.connected(link, NONCE, 0.0)
-    saved(role, role.received(link, Message.WELCOME, welcome(credit=credit), 0.0))
+    saved(role, role.received(link, Message.WELCOME, welcome(credit=credit, **fields), 0.0))
     actions = role.received(link, Message.REPLAYED, {"through": 0}, 0.0)
     actions = role.volumes_synced(actions[0].token, 0.0)  # type: ignore[union-attr]
     saved(role, actions)

@@ -19,7 +19,7 @@ def said(epoch: Epoch = OLD, **more: Any) -> dict[str, Any]:
     return {
         "stored": epoch, "held": 90, "validated": 80, "applied": 80, "number": 0, "numbered": 95, "active": False,
         "direction": 0, "copying": False, "copy_from": 0, "initial": False, "end": 0, "trusted": True,
-        "dirty_bytes": 0, **more,
+        "dirty_bytes": 0, "members": [], **more,
     }  # fmt: skip
 
 
@@ -110,6 +110,18 @@ def test_a_side_that_is_not_the_newest_source_is_refused(changed: dict[str, Any]
     assert words in refused(swap(), *after_takeover(**changed)).problem
 
 
+def test_22_two_epochs_of_one_number_are_split_brain_and_so_are_sources_that_took_over_one_by_one() -> None:
+    other = Epoch(TAKEN.number, b"u" * 16)
+    found = refused(swap(), *after_takeover(s2={"stored": other}))
+    assert f"split brain: two epochs have number 5: s1 in {TAKEN} and s2 in {other}" in found.problem
+    assert "split brain" in refused(swap(), *after_takeover(i1={"stored": other})).problem
+    alone: dict[str, dict[str, Any]] = {"s1": {"members": [S1]}, "s2": {"members": [S2], "stored": Epoch(6, b"v" * 16)}}
+    assert "s1 has taken over without s2" in refused(swap(), *after_takeover(**alone)).problem
+    together = {"s1": {"members": [S1, S2]}, "s2": {"members": [S1, S2]}}
+    assert made(swap(), *after_takeover(**together)).direction == 1
+    assert made(swap(force=True), *after_takeover(s2={"stored": other})).direction == 1
+
+
 def test_force_makes_the_older_side_the_source() -> None:
     question = replace(0, force=True)
     found = made(question, *after_takeover())
@@ -143,7 +155,7 @@ def test_targets_between_start_and_end_keep_their_way_back() -> None:
 
 def test_targets_that_hold_an_end_are_at_what_they_hold() -> None:
     """The END may be valid: nobody goes back from it. They are at one number only if they hold the same."""
-    copy = {"copying": True, "copy_from": 50, "end": 85}
+    copy: dict[str, Any] = {"copying": True, "copy_from": 50, "end": 85}
     data = {P1: said(active=True), P2: said(active=True), S1: said(**copy), S2: said(**copy)}
     assert not made(replace(I1), data, said(NO_EPOCH, held=0)).initial
     data[S2]["held"] = 91
@@ -153,7 +165,7 @@ def test_targets_that_hold_an_end_are_at_what_they_hold() -> None:
 
 
 def test_targets_at_the_end_of_an_initial_copy_have_an_image_to_go_back_to() -> None:
-    copy = {"copying": True, "initial": True, "end": 85}
+    copy: dict[str, Any] = {"copying": True, "initial": True, "end": 85}
     data = {P1: said(active=True), P2: said(active=True), S1: said(**copy), S2: said(**copy)}
     assert not made(replace(I1), data, said(NO_EPOCH, held=0)).initial
     data[S1]["end"] = data[S2]["end"] = 0

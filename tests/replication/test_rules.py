@@ -14,6 +14,7 @@ from blockrepl.replication.actions import (
     AppendNote,
     Apply,
     Close,
+    Event,
     FailBatch,
     Replay,
     SaveState,
@@ -394,6 +395,24 @@ def test_22_two_stored_epochs_of_one_number_are_split_brain() -> None:
     assert "split brain" in role.opening.reason
     refused = secondary().accepted(7, hello(LinkRole.INTERMEDIATE, MID, S1, epoch=ONE._replace(id=b"?" * 16)), 0.0)
     assert words(refused) == ["Close"]
+
+
+def test_22_so_they_are_between_a_primary_and_the_intermediate() -> None:
+    """Each refuses the other, and the primary goes on with neither: not alone, and not in the other's epoch."""
+    other = ONE._replace(id=b"?" * 16)
+    refused = greet(serving(intermediate()), 1, epoch=other)
+    assert "split brain" in next(each.reason for each in refused if isinstance(each, Close))
+    role = live(primary(epoch=other, promised=other), epoch=other)
+    role.lost(1, 0.0)
+    role.connected(2, NONCE, 0.0)
+    actions = role.received(2, Message.WELCOME, welcome(), 0.0)
+    assert [type(each) for each in actions if not isinstance(each, Event)] == [Close]
+    assert (role.state.epoch, "split brain" in role.why_held(), role.readable(1, 0, 512)) == (other, True, False)
+    role.lost(2, 0.0)
+    role.connected(3, NONCE, 0.0)
+    role.parted = ""
+    role.received(3, Message.REFUSED, {"code": Refusal.EPOCH, "epoch": ONE, "promised": ONE, "text": "no"}, 0.0)
+    assert "split brain" in role.why_held()
 
 
 def promise(role: Any, link: int = 3, epoch: Any = TWO) -> list[Any]:

@@ -98,6 +98,15 @@ def test_24_a_started_primary_goes_alone_when_it_is_told_so() -> None:
     assert host.role.state.trusted
 
 
+def test_22_a_primary_that_met_another_epoch_of_its_number_does_not_go_alone_either() -> None:
+    host = detached()
+    host.lose()
+    host.connect(epoch=host.role.state.epoch._replace(id=b"?" * 16))
+    host.lose()
+    host.tick(20.0)
+    assert (host.phase, "split brain" in host.role.why_held()) == ("DETACHED", True)
+
+
 def test_24_told_so_after_an_unclean_stop_its_bits_do_not_say_all() -> None:
     host = Host(alone_asked=True, clean=False)
     host.tick(0.1)
