@@ -8,9 +8,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from scripts.benchlib.fio import IscsiTarget
-from scripts.benchlib.process import NotAvailableError, free_port, listens, running
+from scripts.benchlib.process import NotAvailableError, listens, running
 from scripts.benchlib.systems import Running, require_root
 from scripts.benchlib.workspace import Workspace, command
+from scripts.ports import free_port
 
 _NAME = "iqn.2026-11.org.blockrepl:tgt"
 _LUN = 1  # LUN 0 is tgt's own controller

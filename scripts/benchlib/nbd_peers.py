@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from scripts.benchlib.fio import NbdTarget
-from scripts.benchlib.process import Child, NotAvailableError, free_port, listens, running
+from scripts.benchlib.process import Child, NotAvailableError, listens, running
 from scripts.benchlib.systems import Running
 from scripts.benchlib.workspace import Workspace
+from scripts.ports import free_port
 
 _MIRROR_TIMEOUT_S = 120.0
 

@@ -14,9 +14,10 @@ from blockrepl.cli.client import call
 from blockrepl.errors import BlockreplError
 from scripts.benchlib import qemu_img
 from scripts.benchlib.fio import BlockTarget, IscsiTarget, NbdTarget, fill
-from scripts.benchlib.process import NotAvailableError, free_port
+from scripts.benchlib.process import NotAvailableError
 from scripts.benchlib.systems import Lag, Running, require_root
 from scripts.benchlib.workspace import Workspace, command
+from scripts.ports import free_port
 
 _COMMAND = [sys.executable, "-m", "blockrepl.cli.main"]
 

@@ -6,7 +6,6 @@ import os
 import select
 import socket
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,9 +15,6 @@ from typing import IO
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _STOP_TIMEOUT_S = 10.0
 _POLL_S = 0.01
-
-_ports_given: set[int] = set()
-_ports_lock = threading.Lock()
 
 
 class NotAvailableError(Exception):
@@ -148,18 +144,6 @@ def running(argv: list[str], log: Path, *, pipes: bool = False) -> Iterator[Chil
         yield child
     finally:
         child.stop()
-
-
-def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on now, and that was not given before."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port: int = probe.getsockname()[1]
-        with _ports_lock:
-            if port not in _ports_given:
-                _ports_given.add(port)
-                return port
 
 
 def listens(port: int) -> bool:

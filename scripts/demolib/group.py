@@ -22,6 +22,7 @@ from blockrepl.definition import Definition, Node, load
 from blockrepl.frontends.loop.leftovers import clean_leftovers
 from scripts.demolib.errors import DemoError
 from scripts.demolib.process import Background, environment, run
+from scripts.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE_NAME = "demo.toml"
@@ -100,7 +101,7 @@ class Group:
 
     def _begin_line(self) -> Path:
         """Start the line. Returns the intermediate's definition, where the far secondary is at the line's end."""
-        port, far_port = _free_port(), self.definition.node(FAR).address.port
+        port, far_port = free_port(), self.definition.node(FAR).address.port
         argv = [sys.executable, "-m", "tests.demo.slow_line", str(port), str(far_port), str(LINE_DELAY_S)]
         self._line = Background(argv, self.home / "line.log", env=self._environment())
         while not self._line.words():
@@ -174,12 +175,6 @@ def _gone(pidfd: int) -> None:
             raise DemoError("a killed process does not end: it waits for its disk")
     finally:
         os.close(pidfd)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _check_port(node: Node, host: str, port: int) -> None:

@@ -19,9 +19,9 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from scripts.demolib.group import ROOT
 from scripts.demolib.process import environment
+from scripts.ports import free_ports
 from scripts.torturelib.enclosure import enter_network_namespace as _enter_namespace
 from scripts.torturelib.errors import TortureError
-from tests.system.group import free_ports
 
 LINK_PORT, NBD_PORT = 7000, 10809
 _LOCAL_TABLE = 255

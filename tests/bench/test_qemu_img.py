@@ -8,9 +8,10 @@ import pytest
 
 from scripts.benchlib import iscsi_peers, qemu_img
 from scripts.benchlib.fio import IscsiTarget, LoadError
-from scripts.benchlib.process import NotAvailableError, free_port
+from scripts.benchlib.process import NotAvailableError
 from scripts.benchlib.works import MIB, WORKS
 from scripts.benchlib.workspace import Workspace
+from scripts.ports import free_port
 
 TARGET = IscsiTarget(3260, "iqn.2026-11.org.blockrepl:demo", 2, 64 * MIB)
 

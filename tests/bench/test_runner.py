@@ -9,11 +9,12 @@ import pytest
 
 from scripts.benchlib import runner
 from scripts.benchlib.fio import FileTarget, NbdTarget
-from scripts.benchlib.process import NotAvailableError, cpu_s, free_port, running
+from scripts.benchlib.process import NotAvailableError, cpu_s, running
 from scripts.benchlib.runner import Settings, run
 from scripts.benchlib.systems import Factory, Lag, Running
 from scripts.benchlib.works import WORKS
 from scripts.benchlib.workspace import Workspace, write_image
+from scripts.ports import free_port
 
 WORK = "randwrite-4k-qd1"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 
 from blockrepl.cli import main, processes
 from blockrepl.definition import Definition, Node, load
+from scripts.ports import free_ports
 
 FAKE = Path(__file__).parent / "fake_node.py"
 NODES = (("p1", "primary"), ("p2", "primary"), ("i1", "intermediate"), ("s1", "secondary"), ("s2", "secondary"))
@@ -62,17 +62,6 @@ class FakeGroup:
         """The commands that reached the node, with their arguments."""
         log = self.node(name).directory / "requests.jsonl"
         return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that are free now."""
-    sockets = [socket.socket() for _ in range(count)]
-    for sock in sockets:
-        sock.bind(("127.0.0.1", 0))
-    ports = [int(sock.getsockname()[1]) for sock in sockets]
-    for sock in sockets:
-        sock.close()
-    return ports
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,8 @@ import pytest
 
 from blockrepl.cli import processes
 from blockrepl.definition import Definition, load
-from tests.cli.conftest import NODES, Run, free_ports
+from scripts.ports import free_ports
+from tests.cli.conftest import NODES, Run
 
 pytestmark = [
     pytest.mark.slow,

@@ -13,27 +13,16 @@ from typing import Any
 
 import pytest
 
+from scripts.ports import free_ports
+
 ROOT = Path(__file__).parents[2]
 HOME = ROOT / "images" / "demo-run"
-PORTS = 9
+PORTS = 9  # of targets/demo.toml
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-def port_base() -> int:
-    """Ports from here on are free now."""
-    for first in range(21400, 30000, PORTS):
-        try:
-            for port in range(first, first + PORTS):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", port))
-        except OSError:
-            continue
-        return first
-    pytest.skip("no free ports")
-
-
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "scripts.demolib", "--port-base", str(port_base()), *arguments]
+    return [sys.executable, "-m", "scripts.demolib", "--port-base", str(free_ports(PORTS)[0]), *arguments]
 
 
 def demo(tmp_path: Path, *arguments: str) -> tuple[int, str, dict[str, Any]]:
@@ -134,7 +123,7 @@ def test_after_a_killed_one_the_next_cleans_up(tmp_path: Path) -> None:
 
 
 def test_a_port_that_is_taken_is_named_with_its_node() -> None:
-    base = port_base()
+    base = free_ports(PORTS)[0]
     with socket.create_server(("127.0.0.1", base + 2)):
         argv = [sys.executable, "-m", "scripts.demolib", "--port-base", str(base)]
         done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)

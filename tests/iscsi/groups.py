@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Self
 
-from tests.system.group import RealGroup, free_ports
+from scripts.ports import free_ports
+from tests.system.group import RealGroup
 
 PLAIN_NODE = "p1"
 

@@ -17,10 +17,11 @@ from pathlib import Path
 import pytest
 
 from blockrepl.frontends.iscsi.scsi.identity import UnitIdentity
+from scripts.ports import free_port
 from tests.iscsi import pdu
 from tests.iscsi.groups import PLAIN_NODE, PlainGroup, portals
 from tests.iscsi.initiator import NAME, ConnectionEndedError, Initiator, LoginRefusedError
-from tests.system.group import TIMEOUT_S, free_ports
+from tests.system.group import TIMEOUT_S
 
 pytestmark = pytest.mark.timeout(200)
 
@@ -276,7 +277,7 @@ def test_cve_2024_7409_a_node_goes_off_line_cleanly_while_clients_keep_their_soc
 ) -> None:
     folder = tmp_path / "closing"
     folder.mkdir()
-    with PlainGroup(folder, more=HIDDEN, nbd_port=free_ports(1)[0]) as group:
+    with PlainGroup(folder, more=HIDDEN, nbd_port=free_port()) as group:
         group.create()
         group.start()
         nbd = group.node(PLAIN_NODE).nbd

@@ -6,7 +6,6 @@ import filecmp
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from blockrepl.cli.client import call
 from blockrepl.definition import Definition, Node, load
 from blockrepl.errors import BlockreplError
 from blockrepl.node.create import create, image_path
+from scripts.ports import free_ports
 from tests.demo.nbd_client import NbdVolume
 from tests.demo.records import RECORD_BYTES, Ledger, Verdict, found, judge
 
@@ -32,15 +32,6 @@ PRIMARIES, SECONDARIES = ("p1", "p2"), ("s1", "s2")
 ALL = ("s1", "s2", "i1", "p1", "p2")  # in the order of starting
 VOLUMES = {"data": ("p1", "s1"), "log": ("p2", "s2"), "index": ("p1", "s2")}
 A, B = "data", "log"  # where the ordered writer writes
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that nobody uses now."""
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def wait_for(condition: Callable[[], Any], what: str) -> Any:

@@ -10,8 +10,9 @@ import pytest
 
 from blockrepl.cli.client import call
 from blockrepl.definition import load
+from scripts.ports import free_ports
 from tests.system.conftest import MakeGroup
-from tests.system.group import RealGroup, free_ports, wait_for
+from tests.system.group import RealGroup, wait_for
 
 pytestmark = [
     pytest.mark.slow,
