@@ -30,6 +30,7 @@ class Resyncing:
         self._told = False  # COPIED went out on this link
         self._pending: dict[str, Any] | None = None  # RESYNC that waits for solo writes and for bits
         self._preparing: dict[str, Any] | None = None  # the one that bits and P-VOLs are being stored for
+        self._answers_after = 0  # what was compared at this number or before answers an older copier
         self.compare = False  # the group was formed anew: bits are a superset, and the old sources may have the same
         self._merged = False  # BITMAPs came, and their RESYNC has not
 
@@ -107,6 +108,8 @@ class Resyncing:
         self._told = False
         if self.copier is None or self.copier.resync != fields["id"]:
             bitmaps = owner.bitmaps
+            # An older resync's answer knows nothing of what was taken alone, or jumped over, since.
+            self._answers_after = max(fields["id"], owner.joining.through)
             if fields["forget"]:
                 bitmaps = {volume: Bitmap(each.size_bytes, each.block_bytes) for volume, each in bitmaps.items()}
             self.copier = Copier(
@@ -156,7 +159,7 @@ class Resyncing:
     def compared(self, fields: dict[str, Any]) -> bool:
         """DIGESTED: whether it belongs to this resync."""
         copier = self.copier
-        if copier is None or not copier.compares or not fields["blocks"]:
+        if copier is None or not copier.compares or not fields["blocks"] or fields["number"] <= self._answers_after:
             return False
         volume, start, size = fields["volume"], fields["offset_bytes"], block_bytes(fields)
         return copier.compared(volume, start, fields["different"], size, here=fields["here"])

@@ -501,3 +501,15 @@ def test_22_a_resync_right_behind_a_welcome_waits_until_its_epoch_is_stored() ->
     host.let_go()
     assert host.phase == "LIVE"
     assert host.copies() == [(1, 0, BLOCK)]
+
+
+def test_19_an_older_comparisons_answer_is_not_taken_for_one_of_this_resync() -> None:
+    """What it compared was before writes that were taken alone, or that a START jumped over."""
+    host = alone()
+    host.submit()
+    host.connect(numbering=False, through=140)
+    host.resync(120, verify=True)
+    for number, counts in ((100, False), (140, False), (141, True)):
+        answer = {"number": number, "sender": 1, "volume": 1, "offset_bytes": 0, "length_bytes": SIZE}
+        host.get(Message.DIGESTED, **answer, blocks=SIZE // BLOCK, different=[BLOCK], here=[])
+        assert (host.copies() == [(1, BLOCK, BLOCK)]) is counts
