@@ -326,7 +326,7 @@ def test_8_verify_compares_everything_and_copies_what_differs() -> None:
     digests = [raw for raw in host.batches if decode_batch(memoryview(bytearray(raw))).kind == RecordKind.DIGEST]
     assert len(digests) == 2
     for volume, different in ((1, [3 * BLOCK]), (2, [])):
-        fields = {"number": 9, "sender": P1, "volume": volume, "offset_bytes": 0, "length_bytes": SIZE, "blocks": 16}
+        fields = {"number": 59, "sender": P1, "volume": volume, "offset_bytes": 0, "length_bytes": SIZE, "blocks": 16}
         host.do(host.role.received(host.link, Message.DIGESTED, {**fields, "different": different, "here": []}, 0.0))
     assert host.copies() == [(1, 3 * BLOCK, BLOCK)]
     assert not host.said(Message.COPIED)

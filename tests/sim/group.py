@@ -82,6 +82,7 @@ def small(ring_bytes: int, cache_bytes: int) -> Iterator[None]:
         f"{hosts}.secondary_host.CACHE_BYTES": cache_bytes,
         f"{hosts}.applying.SLICE_BYTES": 8 << 10,
         "blockrepl.replication.copier.CHUNK_BYTES": 8 << 10,
+        f"{hosts}.primary_host.VERIFY_BLOCK_BYTES": 8 << 10,  # what differs is copied: a record that a small ring holds
         f"{hosts}.secondary_host.COMMIT_BYTES": 48 << 10,
     }
     log = logging.getLogger("blockrepl.node.links")
