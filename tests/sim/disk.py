@@ -66,6 +66,12 @@ class SimFile:
         self.platter[offset] ^= 1 << bit
         self.cache[offset] ^= 1 << bit
 
+    def written_back(self) -> None:
+        """Time has passed: the kernel has brought to the platter what was written."""
+        for _, offset, data in self.pending:
+            self.platter[offset : offset + len(data)] = data
+        self.pending.clear()
+
     def copy(self) -> SimFile:
         """Another file of the same content and fate."""
         other = SimFile(0)

@@ -198,6 +198,7 @@ class Faults:
         process.crash("taken down")
         name = self.random.choice([name for name in process.machine.files if name in ("journal", "state")])
         file = process.machine.files[name]
+        file.written_back()  # else a power cut may bring back an older head, and what was given up counts again
         before = file.copy()
         within = RING_OFFSET if self.random.random() < 0.3 else len(file.platter)
         file.flip(self.random.randrange(min(within, len(file.platter))), self.random.randrange(8))
