@@ -12,6 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from blockrepl.cli.asking import node_statuses, serving_node
 from blockrepl.cli.client import call
 from blockrepl.cli.groups import answering, targets
+from blockrepl.cli.losses import what_is_lost
 from blockrepl.cli.output import bytes_text, console, error_console, print_error, print_json
 from blockrepl.cli.targets import File, Json, Target, find, find_volume
 from blockrepl.definition import Definition, Node, Volume
@@ -80,22 +81,14 @@ def _tell(definition: Definition, result: Message) -> None:
         f"{definition.name}: the secondaries {would} at number {_text(result.get('number'))}, "
         f"epoch {_text(epoch.get('number'))} ({str(epoch.get('id', '-'))[:8]})"
     )
-    lost_writes, lost_bytes = result.get("lost_writes"), result.get("lost_bytes")
-    if lost_writes == 0:
-        out.print("lost: nothing that was acknowledged")
-    elif lost_writes is None:
-        out.print("lost: unknown, because the intermediate does not answer; at most what its journal holds beyond")
-    else:
-        seconds = result.get("lost_s")
-        span = "" if seconds is None else f", {seconds:.1f} s"
-        known = "" if result.get("counted") else " of them here"
-        out.print(f"lost: {lost_writes} writes, {bytes_text(lost_bytes)}{known}{span}")
+    first, *more = what_is_lost(result)
+    out.print(f"lost: {first}")
+    for line in more:
+        out.print(f"  {line}")
     if result.get("rolled_back_from") is not None:
         out.print(f"a copy had not ended: back from {result['rolled_back_from']} to {_text(result.get('number'))}")
     if result.get("initial"):
         out.print("an initial copy had not ended: the images are not consistent")
-    if result.get("out_of_sync_bytes"):
-        out.print(f"only at the old site: {bytes_text(result['out_of_sync_bytes'])}, in blocks ({result.get('pair')})")
     if result.get("split_bytes"):
         out.print(f"written at this site since the split: {bytes_text(result['split_bytes'])}, in blocks; it stays")
     for volume in result.get("volumes") or []:

@@ -17,6 +17,7 @@ from blockrepl.cli.groups import (
     sources,
     targets,
 )
+from blockrepl.cli.losses import what_is_lost
 from blockrepl.cli.output import bytes_text, console, print_json
 from blockrepl.cli.targets import File, Json, Target, find
 from blockrepl.definition import Definition
@@ -166,12 +167,24 @@ def _takeover(definition: Definition, statuses: list[Message], pair: str) -> Mes
         "lost_writes",
         "lost_bytes",
         "counted",
+        "alone",
+        "lossless",
         "lost_s",
         "out_of_sync_bytes",
         "rolled_back_from",
         "initial",
     )
-    return {"possible": True, "missing": result.get("missing"), **{key: result.get(key) for key in keys}}
+    found = {key: result.get(key) for key in ("missing", *keys)}
+    return {"possible": True, **found, "alone_bytes": _alone_bytes(definition, statuses)}
+
+
+def _alone_bytes(definition: Definition, statuses: list[Message]) -> int | None:
+    """What the sources' bitmaps say that only they have; None unless every one of them answers."""
+    known = sources(statuses)
+    direction = int(known[0].get("direction") or 0) if known else 0
+    if {node.name for node in definition.sources(direction)} - {str(status["node"]) for status in known}:
+        return None
+    return sum(sum((status.get("out_of_sync_bytes") or {}).values()) for status in known)
 
 
 def _epochs(statuses: list[Message]) -> list[Message]:
@@ -258,23 +271,14 @@ def _print_takeover(out: Any, takeover: Message | None) -> None:
     if not takeover["possible"]:
         out.print(f"a takeover now: not possible: {takeover['why']}")
         return
-    lost = takeover.get("lost_writes")
     if takeover.get("rolled_back_from") is not None:
         out.print(f"a takeover now goes back from {takeover['rolled_back_from']} to {takeover['number']}")
     if takeover.get("initial"):
         out.print("a takeover now finds no consistent image: the initial copy has not ended")
-    if lost == 0:
-        out.print(f"a takeover now loses nothing that was acknowledged (number {takeover['number']})")
-    else:
-        seconds = takeover.get("lost_s")
-        span = f", {seconds:.1f} s" if seconds is not None else ""
-        known = "" if takeover.get("counted") else " held here"
-        count = "an unknown number of" if lost is None else str(lost)
-        out.print(f"a takeover now loses {count} writes, {bytes_text(takeover.get('lost_bytes'))}{known}{span}")
-    if takeover.get("out_of_sync_bytes"):
-        out.print(
-            f"and what was written while suspended: at most {bytes_text(takeover['out_of_sync_bytes'])} in blocks"
-        )
+    first, *more = what_is_lost(takeover)
+    out.print(f"a takeover now loses {first} (number {takeover['number']})")
+    for line in more:
+        out.print(f"  {line}")
 
 
 def _print_unreplicated(out: Any, document: Message) -> None:

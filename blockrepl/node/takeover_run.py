@@ -22,6 +22,7 @@ class TakeoverRun(OpenerRun):
             secondaries=[each.id for each in definition.sources(node.site)],
             names={each.id: each.name for each in definition.nodes}, new_id=lambda: os.urandom(16),
             now_s=self.clock.now_s(), dry_run=dry_run, force=force, writable=writable, marker=marker,
+            fence_never=definition.group.fence == "never",
         )  # fmt: skip
         await self.play(role)
         if role.phase is not Phase.DONE:
@@ -51,6 +52,8 @@ class TakeoverRun(OpenerRun):
             "split_bytes": report.split_bytes,
             "lost_bytes": report.lost_bytes,
             "counted": report.counted,
+            "alone": report.alone,
+            "lossless": report.lossless,
             "discarded_writes": report.discarded_writes,
             "missing": [names[node] for node in report.missing],
             "volumes": [

@@ -69,6 +69,7 @@ class Takeover:
         force: bool = False,
         writable: bool = True,
         marker: str = "",
+        fence_never: bool = False,
         patience_s: float = 15.0,
     ) -> None:
         self.calls = Calls(group, node, name, LinkRole.OPENER, [intermediate, *secondaries])
@@ -83,6 +84,7 @@ class Takeover:
         self._force = force
         self._writable = writable
         self._marker = marker
+        self._fence_never = fence_never
         self._patience_s = patience_s
         self._deadline_s = now_s + patience_s
         self._answers: dict[int, dict[str, Any]] = {}
@@ -172,6 +174,7 @@ class Takeover:
             self.machine.go("drain")
             text = "asking the intermediate" if self.report.dry_run else "freezing and draining the intermediate"
             return [Event(text), *self._ask_promise([self.intermediate])]
+        self.report.alone = self._fence_never
         actions: list[Action] = [Event(f"without the intermediate ({self.calls.silent[self.intermediate]})")]
         return actions + self._promise("promise", now_s)
 
@@ -208,6 +211,7 @@ class Takeover:
         whole = report.dry_run or fields["validated"] >= fields["held"]
         report.drained = whole and pair in (Pair.PAIR, Pair.PFUL, Pair.COPY)
         report.out_of_sync_bytes = fields["dirty_bytes"]
+        report.alone = pair is Pair.PSUE
         if not report.drained:
             return f"the intermediate is frozen at {fields['held']}, but the pair is in {pair.name}"
         return f"the intermediate {'would be' if report.dry_run else 'is'} drained at {fields['held']}"

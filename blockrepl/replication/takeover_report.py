@@ -23,6 +23,7 @@ class Report:
     lost_bytes: int = 0  # of them, as far as they were counted
     counted: bool = False  # the intermediate counted hosts' writes in its journal: exactly those are lost
     lost_s: float | None = None  # from the last write kept to the newest one known to be lost; None for unknown
+    alone: bool = False  # hosts of the old site may have completed writes that were never numbered
     out_of_sync_bytes: int = 0  # suspended: what the old site alone has, in blocks, as far as it is known
     split_bytes: int = 0  # what hosts at this site wrote since a split, in blocks: it stays
     discarded_writes: int = 0  # held by some secondary beyond the number
@@ -30,6 +31,11 @@ class Report:
     members: list[int] = field(default_factory=list)
     missing: list[int] = field(default_factory=list)
     completed: bool = False  # an earlier takeover was finished
+
+    @property
+    def lossless(self) -> bool:
+        """It is known that nothing that was acknowledged is lost."""
+        return (self.drained or self.counted) and not self.lost_writes and not self.alone
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -156,8 +156,21 @@ def test_explain_says_what_a_takeover_now_would_lose(group: FakeGroup, run: Run)
     run("up", group.path)
     text = run("explain", group.path).out
     assert "demo is in PSUS" in text
-    assert "loses 12 writes, 48 KiB held here, 0.2 s" in text
+    assert "loses 12 writes that are known, 48 KiB of them held here, 0.2 s; whether there are more is not" in text
     assert "next: blockrepl pair resync demo" in text
+
+
+def test_explain_says_what_hosts_completed_alone(group: FakeGroup, run: Run) -> None:
+    dry = {"number": 90, "drained": False, "lost_writes": 0, "lost_bytes": 0, "alone": True, "lossless": False}
+    group.plan("s1", status=target(pair="PSUE"), answers={"takeover": [{"result": dry}]})
+    group.plan("p1", status=source(pair="PSUE", out_of_sync_bytes={"data": 131072}))
+    group.plan("p2", status=source(pair="PSUE", out_of_sync_bytes={"log": 65536}))
+    for nodes, said in ((["s1", "p1"], "how much is not known here"), (["p2"], "at most 192 KiB in blocks")):
+        for node in nodes:
+            run("up", group.path, "--node", node)
+        text = run("explain", group.path).out
+        assert "nothing that was acknowledged" not in text
+        assert f"and all that hosts at the other site completed alone: {said}" in text
 
 
 def test_status_says_pair_direction_and_what_is_out_of_sync(group: FakeGroup, run: Run) -> None:

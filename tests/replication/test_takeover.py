@@ -162,6 +162,28 @@ def test_an_intermediate_that_falls_silent_while_it_counts_does_not_stop_a_takeo
     assert (role.report.counted, role.report.lost_writes) == (False, 50)
 
 
+def test_only_what_the_intermediate_vouches_for_is_called_lossless() -> None:
+    """What it had beyond, and what hosts completed alone, a secondary never heard of."""
+    both = answer(held=60, validated=60), answer(held=60, validated=60)
+    for fence_never in (False, True):
+        role = opener(fence_never=fence_never)
+        promised(role, *both)
+        stored(role)
+        assert (role.report.lost_writes, role.report.alone, role.report.lossless) == (0, fence_never, False)
+    role = with_intermediate(held=60, validated=60)
+    promised(role, *both)
+    stored(role)
+    assert (role.report.alone, role.report.lossless) == (False, True)
+
+
+@pytest.mark.parametrize(("pair", "alone"), [(Pair.PSUS, False), (Pair.PSUE, True)])
+def test_hosts_may_have_gone_alone_though_nothing_that_is_numbered_is_lost(pair: Pair, alone: bool) -> None:
+    role = with_intermediate(held=60, validated=60, pair=pair)
+    promised(role, answer(held=60, validated=60), answer(held=60, validated=60))
+    stored(role)
+    assert (role.report.lost_writes, role.report.alone, role.report.lossless) == (0, alone, False)
+
+
 def test_seconds_that_nobody_knows_are_not_made_up() -> None:
     role = opener(dry_run=True)
     promised(role, copying(70, 40), copying(70, 40))
