@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from blockrepl.frontends.loop import device as loop_device
 from scripts.demolib.errors import DemoError
 from scripts.demolib.group import ROOT
 from scripts.demolib.process import environment, run
@@ -45,6 +46,8 @@ class Disks:
 
     kind = "page cache"
     lose_power = False
+    # Nodes serve loop devices that hosts mount: see `enclosure.leave_mounts`.
+    prefix: tuple[str, ...] = ("unshare", "--mount") if os.geteuid() == 0 else ()
 
     def __init__(self, home: Path, nodes: Iterable[str]) -> None:
         self.home = home
@@ -68,6 +71,7 @@ class Platters(Disks):
 
     kind = "platters"
     lose_power = True
+    prefix = ()  # a node's directory is unmounted and mounted under it
 
     def __init__(self, home: Path, nodes: Iterable[str]) -> None:
         super().__init__(home, nodes)
@@ -108,11 +112,14 @@ class Platters(Disks):
     def _mount(self, node: str) -> None:
         run(["mount", "-t", "ext4", "-o", "nodiscard", self._devices[node], str(self.home / node)])
         self._mounted.add(node)
+        # In use, so it frees itself with the mount: nobody else does when we are killed, and all of ours with us.
+        loop_device.free(self._devices[node])
 
     def _unmount(self, node: str) -> None:
         for nested in (self.home / node / "loop").glob("*"):
             if os.path.ismount(nested):
                 run(["umount", "-l", str(nested)])
+        loop_device.keep(self._devices[node])
         run(["umount", str(self.home / node)])
         self._mounted.discard(node)
 

@@ -33,13 +33,25 @@ def enter() -> str:
         _wait_outside(child)
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.setsid()  # Ctrl-C reaches the outer process only, which passes it on: once
-    for source, target, kind, flags in (
-        (b"none", b"/", None, _MS_REC | _MS_PRIVATE),
-        (b"proc", b"/proc", b"proc", 0),
-    ):
-        if _libc.mount(source, target, kind, ctypes.c_ulong(flags), None) != 0:
-            raise OSError(ctypes.get_errno(), f"mount on {target.decode()}: {os.strerror(ctypes.get_errno())}")
+    _mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE)
+    _mount(b"proc", b"/proc", b"proc", 0)
     return ""
+
+
+def leave_mounts() -> None:
+    """A mount namespace of our own, for a process that serves what is mounted in the one it leaves.
+
+    The last process of a mount namespace unmounts what is there before its own files are closed: one that serves the
+    disk below would wait for itself. Raises OSError.
+    """
+    if _libc.unshare(_CLONE_NEWNS) != 0:
+        raise OSError(ctypes.get_errno(), "unshare")
+    _mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE)
+
+
+def _mount(source: bytes, target: bytes, kind: bytes | None, flags: int) -> None:
+    if _libc.mount(source, target, kind, ctypes.c_ulong(flags), None) != 0:
+        raise OSError(ctypes.get_errno(), f"mount on {target.decode()}: {os.strerror(ctypes.get_errno())}")
 
 
 def enter_network_namespace(fd: int) -> None:

@@ -18,6 +18,7 @@ from blockrepl.cli import processes
 from blockrepl.cli.client import call
 from blockrepl.definition import Definition, Volume, load
 from blockrepl.errors import BlockreplError
+from blockrepl.frontends.loop import device as loop_device
 from blockrepl.frontends.loop.leftovers import clean_leftovers
 from blockrepl.node.create import create, image_path
 from scripts.demolib.group import BLOCKREPL, ROOT
@@ -33,7 +34,7 @@ SITE_NAMES = ("primary", "secondary")
 PLACES = {"data": ("p1", "s1"), "log": ("p2", "s2"), "index": ("p1", "s2")}
 NAMES = tuple(PLACES)  # a volume's number is its place here
 VOLUME_MIB = 320  # the least that mkfs.xfs takes
-PATIENCE_S = 90.0
+PATIENCE_S = 300.0  # a machine may be several times slower, and busy with other things
 POLL_S = 0.02
 POLICY = {"heartbeat_s": "0.3", "link_timeout_s": "1.5", "hold_s": "30.0", "checkpoint_s": "1.0"}
 
@@ -60,6 +61,7 @@ class Group:
             self._seen[node] = load(path)
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self.stopped: set[str] = set()
+        self._devices: dict[str, int] = {}  # that are attached, each held open
         self.direction = 0  # the site where hosts are
 
     def _text(self, journal: str, policy: dict[str, str], keys: Sequence[str]) -> str:
@@ -112,7 +114,7 @@ class Group:
             with (directory / processes.LOG_NAME).open("ab") as log:
                 offset_bytes = log.tell()
                 process = subprocess.Popen(
-                    [*self.network.prefix(node), *self._serve(definition, node), *extra],
+                    [*self.network.prefix(node), *self.disks.prefix, *self._serve(definition, node), *extra],
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", env=self._environment(),
                     start_new_session=True,
                 )  # fmt: skip
@@ -199,7 +201,11 @@ class Group:
 
     def attach(self, volume: str) -> str:
         """The volume's loop device, where it is active."""
-        return self.command("attach", f"{self.name}/{volume}").strip()
+        device = self.command("attach", f"{self.name}/{volume}").strip()
+        if device not in self._devices:
+            self._devices[device] = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+            loop_device.free(device)  # we use it, so it frees itself with us: nobody else does when we are killed
+        return device
 
     def ask(self, node: str, command: str, **args: Any) -> dict[str, Any]:
         """A node's control socket. Raises BlockreplError."""
@@ -275,6 +281,8 @@ class Group:
             self.network.heal()
         with suppress(Exception):
             self.kill(NODES)
+        for fd in self._devices.values():
+            os.close(fd)
         for node in self.definition.nodes:
             with suppress(Exception):
                 clean_leftovers(node.directory)

@@ -25,7 +25,7 @@ from scripts.torturelib.images import compare, stamps_of
 from tests.demo.nbd_client import NbdVolume
 
 FEWEST_ACKNOWLEDGED = 30
-WARM_UP_S = 60.0
+WARM_UP_S = 300.0
 
 
 @dataclass

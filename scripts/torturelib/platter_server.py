@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from blockrepl.frontends.loop.frontend import LoopFrontend
+from scripts.torturelib import enclosure
 from scripts.torturelib.platter import Loss, Platter
 
 
@@ -75,4 +76,5 @@ async def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    enclosure.leave_mounts()
     asyncio.run(main(Path(sys.argv[1])))
