@@ -179,6 +179,7 @@ _bodies: dict[int, Any] = {
         "copying" / Flag,  # S: between START and END
         "copy_from" / Int64ub,  # S: the number it would go back to
         "split" / Flag,  # S: split from the group, waits for REJOIN
+        "rolling" / Flag,  # S: its stored epoch came from a takeover
     ),
     Message.REFUSED: Struct(
         "code" / Int16ub,
@@ -299,7 +300,7 @@ DEFAULTS: dict[int, dict[str, Any]] = {
     Message.HELLO: {"suspended": False, "trusted": True, "direction": 0},
     Message.WELCOME: {
         "direction": 0, "pair": Pair.PAIR, "numbering": True, "resync": 0, "resynced": 0, "copying": False,
-        "copy_from": 0, "split": False,
+        "copy_from": 0, "split": False, "rolling": False,
     },
     Message.HEARTBEAT: {"pair": Pair.PAIR},
     Message.DIGESTED: {"here": []},

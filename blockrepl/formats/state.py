@@ -16,6 +16,7 @@ from blockrepl.errors import DamagedError
 from blockrepl.formats.link import NO_EPOCH, Epoch, Pair, epoch_id
 
 STATE_VERSION = 1
+REFORMS_MAX = 16  # promised ones that are remembered
 HISTORY_MAX = 64  # openings remembered; older ones explain nothing any more
 
 _history = PrefixedArray(Int16ub, Struct("epoch" / epoch_id, "last" / Int64ub))
@@ -72,6 +73,7 @@ _intermediate = Struct(
     "volumes" / Flag,
     "filled" / Flag,
     "filling" / Flag,
+    "reforms" / PrefixedArray(Int16ub, epoch_id),
 )
 _secondary = Struct(
     "version" / Const(STATE_VERSION, Int8ub),
@@ -158,6 +160,7 @@ class IntermediateState:
     volumes: bool = False  # volumes mode, when it last ran
     filled: bool = False  # the intermediate volumes lack nothing but what bits of primaries say
     filling: bool = False  # the resync under way compares all of them
+    reforms: list[Epoch] = field(default_factory=list)  # promised for a swap or replacement: some may have stored them
 
 
 @dataclass(slots=True)
@@ -197,6 +200,7 @@ def _build(layout: Construct, state: Any) -> bytes:
     if "streams" in values:
         for name in ("streams", "starts", "spilled"):
             values[name] = [{"node": node, "last": last} for node, last in getattr(state, name)]
+        values["reforms"] = [epoch._asdict() for epoch in state.reforms[-REFORMS_MAX:]]
     built: bytes = layout.build(values)
     return built
 
@@ -238,6 +242,7 @@ def decode_intermediate(blob: bytes) -> IntermediateState:
     for name in ("streams", "starts", "spilled"):
         values[name] = [(row.node, row.last) for row in values[name]]
     values["excluded"] = list(values["excluded"])
+    values["reforms"] = [Epoch(row.number, row.id) for row in values["reforms"]]
     return IntermediateState(**values)
 
 

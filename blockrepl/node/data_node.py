@@ -113,9 +113,12 @@ class DataNode(NodeBase):
             self.source.tick()
         if self._opener is not None:
             self._opener.tick()
-        if self.source is not None and self.target is not None:
-            self.target.follow(self.source.host.role)
+        self._follow()
         self.exports.settle(failed=self._failed(), following=self.source is None)
+
+    def _follow(self) -> None:
+        if self.source is not None and self.target is not None and self._active:
+            self.target.follow(self.source.host.role)
 
     def _failed(self) -> bool:
         """No host can use the pairs any more, through this node."""
@@ -203,6 +206,7 @@ class DataNode(NodeBase):
         elif self._opener is not None and self._opener.owns(link):
             self._opener.message(link, kind, fields)
         elif self.target is not None:
+            self._follow()  # its promise is to say what the source has worked in until now
             self.target.message(link, kind, fields, epoch)
 
     def bulk(self, link: int, kind: int, epoch: int, chunk: Chunk, start: int, end: int) -> None:

@@ -58,10 +58,13 @@ class Target:
         )  # fmt: skip
 
     def follow(self, source: Primary) -> None:
-        """While its node is a source, the role beside it knows the epoch that the intermediate opened last."""
+        """While its node is a source, the role beside it knows the epoch that the intermediate opened last.
+
+        However short it was welcomed: a source without an epoch counts as new and empty.
+        """
         role = self.host.role
         role.numbered_seen = max(role.numbered_seen, source.acked)
-        if not source.live or source.state.epoch.number <= role.state.epoch.number or self.host.journal.failed:
+        if source.state.epoch.number <= role.state.epoch.number or self.host.journal.failed:
             return
         role.epochs.follow(source.state.epoch, source.acked)
         self.host.journal.save(encode_secondary(role.durable_state()))

@@ -240,6 +240,9 @@ class Intermediate:
             text = f"incarnation {fields['incarnation']} is dead, {sender.incarnation} lives"
             return [self._refuse(link, Refusal.STALE, text)]
         known: Epoch = max(fields["epoch"], fields["promised"])
+        stranger = self.opening.stranger(fields)
+        if stranger:
+            return self._refuse_stranger(link, stranger)
         if fields["highest"] > self.numbered:
             text = f"saw number {fields['highest']} acknowledged, the journal ends at {self.numbered}"
             return [*self.opening.behind(text), self._refuse(link, Refusal.BEHIND, text)]
@@ -258,6 +261,13 @@ class Intermediate:
         sender.hello = None
         actions.append(self.save(lambda _: self._ready_to_welcome(sender, link, fields)))
         return actions
+
+    def _refuse_stranger(self, link: int, text: str) -> list[Action]:
+        """A primary that has worked with another: this one is in the place of a lost one, and has not said so."""
+        fenced = [] if self.state.epoch.number else self.opening.behind(text)
+        if not fenced:
+            text += f", which {self.name} never opened: if it was put in another's place: blockrepl replace"
+        return [*fenced, self._refuse(link, Refusal.STATE, self.opening.reason if fenced else text)]
 
     def _ready_to_welcome(self, sender: Sender, link: int, fields: dict[str, Any]) -> list[Action]:
         if sender.link != link:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from blockrepl.errors import ProtocolError
 from blockrepl.formats.link import NO_EPOCH, Epoch, Message, Pair, Refusal, encode
+from blockrepl.formats.state import HISTORY_MAX, REFORMS_MAX
 from blockrepl.replication.actions import Action, Close, CountAbove, Counts, Event, Forget, MarkJournal, Reformed, Send
 from blockrepl.replication.machine import Machine
 
@@ -95,10 +96,9 @@ class Opening:
         owner = self._owner
         if self.phase in (Phase.FENCED, Phase.FAILED):
             return []
-        if report["through"] > owner.streams.by_node[node].durable:
-            if report["epoch"].number > owner.state.epoch.number > 0:
-                return self._left_out(report["epoch"])
-            return self.behind(f"secondary {node} holds number {report['through']}, which this journal does not have")
+        told = self._knows_more(node, report)
+        if told is not None:
+            return told
         owner.streams.validated = max(owner.streams.validated, report["validated"])
         self._reports[node] = {**report, "link": link}
         actions = self._learn(report["epoch"], report["promised"], active=report["active"], now_s=now_s)
@@ -107,6 +107,23 @@ class Opening:
         if self.phase is Phase.FROZEN and self._fits(node):
             return actions + self._join(node)  # the drain still needs it
         return actions + self._consider(now_s)
+
+    def _knows_more(self, node: int, report: dict[str, Any]) -> list[Action] | None:
+        """What comes of it that a secondary knows more than our journal; None when it does not."""
+        ours, theirs = self._owner.state.epoch, report["epoch"]
+        more = report["through"] > self._owner.streams.by_node[node].durable
+        if more and theirs.number > ours.number > 0:
+            return self._left_out(theirs)
+        if self._new and theirs.number and not report["active"]:
+            if not report["rolling"]:
+                return self.behind(f"secondary {node} has worked in epoch {theirs.number}")
+            if report["through"] or report["prepared"]:
+                text = f"a takeover in epoch {theirs.number} was begun and has not ended"
+                return self.behind(text, first="blockrepl takeover, then ")
+            return None  # it came before anything was replicated: a higher epoch supersedes it
+        if more:
+            return self.behind(f"secondary {node} holds number {report['through']}, which this journal does not have")
+        return None
 
     def refused(self, node: int, fields: dict[str, Any], now_s: float) -> list[Action]:
         """A secondary refused our HELLO."""
@@ -160,21 +177,43 @@ class Opening:
 
     def _left_out(self, epoch: Epoch) -> list[Action]:
         """A reform has reached the targets, and not us yet: the opener comes with STORE, or it died on its way."""
-        if self.phase in (Phase.FENCED, Phase.REFORMING) or self._anew:
+        if self.phase is Phase.FENCED or self.reforming:
             return []
         self._go("fence")
         self.reason = f"the group was formed anew in epoch {epoch.number} without this intermediate: do that again"
         return [Event(self.reason), *self._owner.dismiss_primaries(Refusal.STATE, self.reason)]
 
-    def behind(self, text: str) -> list[Action]:
+    @property
+    def _new(self) -> bool:
+        """It has never worked: its files were just made."""
+        return not (self._owner.state.epoch.number or self._owner.numbered)
+
+    def stranger(self, fields: dict[str, Any]) -> str:
+        """Why a primary has worked with another intermediate than this; empty when it may have been this one.
+
+        Every epoch that a primary stored is in the history of its intermediate, or was promised here for a reform.
+        """
+        state, theirs = self._owner.state, fields["epoch"]
+        if not theirs.number or self.reforming or (theirs.number > state.epoch.number and not self._new):
+            return ""
+        known = [state.epoch, *(epoch for epoch, _ in state.history), *state.reforms]
+        forgotten = len(state.history) >= HISTORY_MAX or len(state.reforms) >= REFORMS_MAX
+        return "" if theirs in known or forgotten else f"primary {fields['node']} has worked in epoch {theirs}"
+
+    @property
+    def reforming(self) -> bool:
+        """A reform is under way: what others know, it has come for."""
+        return self._anew or self.phase is Phase.REFORMING
+
+    def behind(self, text: str, first: str = "") -> list[Action]:
         """Others know more than our journal (rule 10): stop for good; a new, empty one waits for its `replace`."""
         owner = self._owner
-        if owner.state.epoch.number or owner.numbered:
+        if not self._new:
             return owner.fail(text)
-        if self.phase in (Phase.FENCED, Phase.REFORMING) or self._anew:
+        if self.phase is Phase.FENCED or self.reforming:
             return []
         self._go("fence")
-        self.reason = f"this intermediate is new: {text}: blockrepl replace --node {owner.name}"
+        self.reason = f"this intermediate is new: {text}: {first}blockrepl replace --node {owner.name}"
         return [Event(self.reason), *owner.dismiss_primaries(Refusal.STATE, self.reason)]
 
     def fail(self, reason: str) -> None:
@@ -320,6 +359,7 @@ class Opening:
         """For a swap or a replacement: nothing is drained, a resync follows anyway."""
         owner = self._owner
         owner.state.promised = self.higher = epoch
+        owner.state.reforms.append(epoch)
         self._anew = True
         actions = self._freeze(now_s, f"the group is formed anew in epoch {epoch}")
         self._open_at_s += REFORM_PATIENCE_S

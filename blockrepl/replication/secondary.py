@@ -189,7 +189,7 @@ class Secondary:
             hello, epoch=state.epoch, promised=state.promised, through=self.received, credit=self._credit,
             validated=self.validated, prepared=state.prepared, applied=self.applied, active=state.active,
             direction=state.direction, pair=state.pair, copying=state.copying, copy_from=state.copy_from,
-            split=state.split,
+            split=state.split, rolling=state.rolling,
         )  # fmt: skip
 
     def _refuse(self, link: int, code: Refusal, text: str) -> Close:

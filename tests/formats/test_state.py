@@ -50,7 +50,7 @@ def test_a_primarys_state_comes_back(state: PrimaryState) -> None:
         IntermediateState, epochs, epochs, history, incarnation, number, number, rows,
         st.lists(st.tuples(short, number), max_size=4), byte, byte, flag, flag, flag, number, number,
         st.lists(st.tuples(short, number), max_size=4), number, number, flag, flag, st.lists(short, max_size=4),
-        st.lists(st.tuples(short, number), max_size=4),
+        st.lists(st.tuples(short, number), max_size=4), flag, flag, flag, st.lists(epochs, max_size=4),
     )
 )  # fmt: skip
 def test_an_intermediates_state_comes_back(state: IntermediateState) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from blockrepl.formats.link import NO_EPOCH, LinkRole, Message, Refusal
 from blockrepl.replication.actions import Close
+from blockrepl.replication.intermediate import Intermediate
 from blockrepl.replication.opening import Phase
 from tests.replication.roles import (
     MID,
@@ -14,8 +17,10 @@ from tests.replication.roles import (
     THREE,
     TWO,
     arrives,
+    greet,
     hello,
     intermediate,
+    one,
     report,
     said,
     saved,
@@ -88,3 +93,61 @@ def test_a_target_that_was_formed_anew_first_does_not_look_like_a_lost_journal()
     left = intermediate()  # the opener died before it came here
     left.opening.greeted(S1, 200, formed, 1.0)
     assert (left.opening.phase.name, "do that again" in left.opening.reason) == ("FENCED", True)
+
+
+def new_intermediate() -> Intermediate:
+    return intermediate(epoch=NO_EPOCH, promised=NO_EPOCH)
+
+
+def test_10_an_empty_intermediate_serves_nobody_beside_a_secondary_that_has_worked_though_nothing_reached_it() -> None:
+    role = new_intermediate()
+    role.connected(104, S1, NONCE, 0.0)
+    role.received(104, Message.WELCOME, report(S1), 0.0)
+    assert (role.phase, "replace --node i" in role.opening.reason) == (Phase.FENCED, True)
+
+
+def test_10_nor_beside_a_primary_that_has_worked_and_never_made_a_checkpoint() -> None:
+    """What it had completed was in the lost journal only: it would replay nothing, and serve what it has."""
+    role = new_intermediate()
+    actions = greet(role, 1, epoch=ONE, fresh=True, highest=0)
+    assert "replace --node i" in next(each.reason for each in actions if isinstance(each, Close))
+    assert role.phase is Phase.FENCED
+
+
+@pytest.mark.parametrize("suspended", [False, True])
+def test_10_nor_when_all_secondaries_are_new_too_and_it_has_opened_an_epoch_with_them(suspended: bool) -> None:
+    """The primary's bits, or its replay, would be all that they get, and that would be called PAIR."""
+    role = serving(intermediate(epoch=TWO, promised=TWO), epoch=TWO, promised=TWO)
+    actions = greet(role, 1, epoch=ONE, suspended=suspended)
+    assert "never opened" in next(each.reason for each in actions if isinstance(each, Close))
+    assert not role.senders.by_node[1].live
+
+
+def test_10_a_primary_whose_epoch_is_in_the_history_is_welcomed_and_so_is_one_that_a_reform_left_behind() -> None:
+    for known in ({"history": [(ONE, 0)]}, {"reforms": [ONE]}):
+        role = serving(intermediate(epoch=TWO, promised=TWO, **known), epoch=TWO, promised=TWO)
+        assert one(greet(role, 1, epoch=ONE, suspended="reforms" in known), Message.WELCOME)["epoch"] == TWO
+
+
+def test_25_a_promised_reform_is_remembered_after_it_led_nowhere() -> None:
+    role = intermediate()
+    role.accepted(9, hello(LinkRole.REFORMER, S1, MID), 0.0)
+    role.opening.asked_to_promise(9, {"epoch": THREE, "dry_run": False, "reform": True}, 0.0)
+    assert role.state.reforms == [THREE]
+
+
+def test_23_a_takeover_that_died_before_anything_was_replicated_is_superseded_by_the_first_epoch() -> None:
+    role = new_intermediate()
+    for node in (S1, S2):
+        role.connected(100 + node, node, NONCE, 10.0)
+        role.received(100 + node, Message.WELCOME, report(node, rolling=True), 10.0)
+    assert role.phase is Phase.OPENING
+    assert role.opening.higher.number == 2
+
+
+def test_23_one_that_has_to_be_finished_first_is_named_by_an_intermediate_that_is_new() -> None:
+    role = new_intermediate()
+    role.connected(104, S1, NONCE, 0.0)
+    role.received(104, Message.WELCOME, report(S1, rolling=True, through=5, prepared=7), 0.0)
+    assert role.phase is Phase.FENCED
+    assert "has not ended: blockrepl takeover, then blockrepl replace --node i" in role.opening.reason
