@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from blockrepl.definition import Definition, load
 from blockrepl.errors import UsageError
-from blockrepl.formats.link import Epoch, Pair
+from blockrepl.formats.link import Epoch, Message, Pair
 from blockrepl.formats.state import PrimaryState, SecondaryState, encode_primary, encode_secondary
 from blockrepl.node.create import create, journal_identity, state_identity
 from blockrepl.node.data_node import DataNode
@@ -28,8 +29,11 @@ def definition(tmp_path: Path) -> Definition:
     return load(group.path)
 
 
-def opened(definition: Definition, name: str, secondary: SecondaryState | None, primary: PrimaryState) -> DataNode:
-    """The node, its files made with these states."""
+def opened(
+    definition: Definition, name: str, secondary: SecondaryState | None, primary: PrimaryState,
+    then: Callable[[DataNode], None] = lambda _: None,
+) -> DataNode:  # fmt: skip
+    """The node, its files made with these states; ``then`` is done to it."""
     node = definition.node(name)
     create(definition, node)
     if secondary is not None:
@@ -44,6 +48,7 @@ def opened(definition: Definition, name: str, secondary: SecondaryState | None, 
     async def start() -> None:
         one = DataNode(definition, node)
         found.append(one)
+        then(one)
         one.disk.close()
         one.workers.close()
 
@@ -83,3 +88,16 @@ def test_a_swap_needs_an_address_of_every_node(definition: Definition) -> None:
     with pytest.raises(UsageError, match="p1 has no `listen` address") as caught:
         question(load(definition.path), definition.node("s1"))
     assert "[[node]] of p1" in caught.value.hint
+
+
+def test_a_source_that_was_live_for_less_than_a_tick_does_not_promise_as_one_that_is_new(
+    definition: Definition,
+) -> None:
+    """It died right behind WELCOME: its role beside the primary had not heard of the epoch yet."""
+    asked = {"epoch": Epoch(9, b"r" * 16), "dry_run": True, "reform": True, "marker": ""}
+    node = opened(
+        definition, "p1", None, PrimaryState(epoch=NEW, promised=NEW),
+        then=lambda node: node.message(7, Message.PROMISE, asked, 0),
+    )  # fmt: skip
+    assert node.target is not None
+    assert node.target.host.role.state.epoch == NEW
