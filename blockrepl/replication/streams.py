@@ -49,6 +49,7 @@ class Round:
 
     number: int
     lasts: dict[int, int]
+    again: bool = True  # who comes back gets what it lacks up to there; False: the journal may not have it any more
 
 
 class Streams:
@@ -102,6 +103,8 @@ class Streams:
         stream.asked.clear()
         stream.asked_through = prepared
         self.by_link[link] = stream
+        if self.limit is not None and not self.limit.again:
+            self.limit.lasts[node] = min(self.limit.lasts[node], stream.sent)
 
     def detach(self, link: int) -> None:
         """The link is gone."""
@@ -113,11 +116,13 @@ class Streams:
     def stop(self) -> None:
         """Hop 2 is suspended where it is: nothing more is sent, or asked about.
 
-        A round that is open may name records that a secondary, when it returns, does not get any more.
+        A round that is open may name records that a secondary, when it returns, does not get any more. What is on its
+        way may arrive. Who comes back without it gets a resync, or all of it once the suspension is lifted: what lies
+        between may be bits by now, and the next record that the journal holds would be a gap.
         """
         self._rounds.clear()
         self.rounds_number = max(self.rounds_number, self.validated)
-        self.limit = Round(self.validated, {node: stream.sent for node, stream in self.by_node.items()})
+        self.limit = Round(self.validated, {node: s.sent for node, s in self.by_node.items()}, again=False)
 
     def jump(self, starts: list[tuple[int, int]], numbered: int) -> None:
         """Each (secondary, number): nothing of its stream up to there is sent any more; its START comes next.

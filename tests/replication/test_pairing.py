@@ -21,6 +21,7 @@ from blockrepl.replication.actions import (
     SaveBits,
     SaveState,
     Spill,
+    Transmit,
 )
 from blockrepl.replication.intermediate import Intermediate
 from blockrepl.replication.pairing import TABLE, Step
@@ -331,6 +332,29 @@ def test_a_full_journal_suspends_hop_2_and_comes_back_by_itself() -> None:
     group.tick()
     finish(group)
     assert group.pair.name == "PAIR"
+
+
+def test_a_secondary_that_returns_to_a_full_journal_gets_nothing_but_the_resync() -> None:
+    """It was sent records that never arrived; by now they are bits, and what the ring still holds would be a gap."""
+    group = Group()
+    group.join()
+    for number in (1, 2, 3):
+        group.write(P1, number)
+    group.tick(1.0)
+    stream = group.role.streams.by_node[S1]
+    group.do(group.role.transmitted(S1, stream.link, stream.durable, 0, group.now_s))
+    assert stream.sent > 0
+    for node in (S1, S2):
+        group.do(group.role.lost(LINKS[node], 0.0))
+    group.do(group.role.received(LINKS[P1], Message.CHECKPOINT, {"number": 3}, 0.0))
+    group.do(group.role.ring(FREE // 20, FREE))
+    for _ in range(20):
+        group.tick()
+    assert group.pair.name == "PFUS"
+    group.do(group.role.connected(LINKS[S1], S1, NONCE, group.now_s))
+    actions = group.role.received(LINKS[S1], Message.WELCOME, report(S1), group.now_s)
+    actions += group.role.streams.pump_all()
+    assert not [action for action in actions if isinstance(action, Transmit)]
 
 
 def test_a_resync_that_jumps_asks_nobody_to_prepare_what_is_never_sent() -> None:
