@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import signal
+
 from hypothesis import settings
 
 pytest_plugins = ("tests.patience", "tests.workers", "tests.second_chance", "tests.leftovers")
+
+# Ignored in what a shell runs in the background; so it would be in whatever tests start and mean to interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")

@@ -17,9 +17,8 @@ IMAGES = Path(__file__).resolve().parents[1] / "images"
 _WAIT_S = 20.0  # a killed process ends when its disk lets it
 
 
-def leftovers(*places: Path) -> list[str]:
-    """What lives in directories, or belongs to a path below one: a line each. Files are not looked for."""
-    prefixes = [f"{place}/" for place in places]
+def leftovers(*prefixes: str) -> list[str]:
+    """What belongs to paths that begin so: a line each. Files are not looked for."""
     return sorted(
         line
         for line in (*_mounts(), *_loop_devices(), *_processes())
@@ -57,10 +56,10 @@ def _ourselves() -> set[int]:
     return found
 
 
-def wait_for_none(*places: Path, but: Iterable[str] = ()) -> list[str]:
+def wait_for_none(*prefixes: str, but: Iterable[str] = ()) -> list[str]:
     """`leftovers` when there are none any more, or after a generous time."""
     deadline_s = time.monotonic() + patient(_WAIT_S)
-    while (found := set(leftovers(*places)) - set(but)) and time.monotonic() < deadline_s:
+    while (found := set(leftovers(*prefixes)) - set(but)) and time.monotonic() < deadline_s:
         time.sleep(0.1)
     return sorted(found)
 
@@ -77,13 +76,14 @@ class Watch:
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
-        self._before = {*map(str, IMAGES.iterdir()), *leftovers(IMAGES)}
+        self._before = {*map(str, IMAGES.iterdir()), *leftovers(f"{IMAGES}/")}
         self._found: list[str] = []
 
     @pytest.hookimpl(trylast=True)  # the workers are gone
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         factory: pytest.TempPathFactory = self._config._tmp_path_factory  # type: ignore[attr-defined]
-        found = {*wait_for_none(factory.getbasetemp(), IMAGES, but=self._before), *map(str, IMAGES.iterdir())}
+        places = (f"{factory.getbasetemp()}/", f"{IMAGES}/")
+        found = {*wait_for_none(*places, but=self._before), *map(str, IMAGES.iterdir())}
         self._found = sorted(found - self._before)
         if self._found and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED

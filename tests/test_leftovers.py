@@ -22,11 +22,11 @@ def test_a_process_that_names_a_path_below_or_works_there_is_found_until_it_ends
         subprocess.Popen(["cat"], cwd=place, stdin=subprocess.PIPE) as works,
         subprocess.Popen(["cat"], cwd=tmp_path / "place10", stdin=subprocess.PIPE) as elsewhere,
     ):
-        pids = {int(line.split()[1]) for line in leftovers(place)}
+        pids = {int(line.split()[1]) for line in leftovers(f"{place}/")}
         assert pids == {names.pid, works.pid}
         for process in (names, works, elsewhere):
             process.communicate()
-    assert wait_for_none(place) == []
+    assert wait_for_none(f"{place}/") == []
 
 
 CONFTEST = """

@@ -13,6 +13,7 @@ import pytest
 from blockrepl.cli import main, processes
 from blockrepl.definition import Definition, Node, load
 from scripts.ports import free_ports
+from tests.patience import patient
 
 FAKE = Path(__file__).parent / "fake_node.py"
 NODES = (("p1", "primary"), ("p2", "primary"), ("i1", "intermediate"), ("s1", "secondary"), ("s2", "secondary"))
@@ -94,7 +95,7 @@ def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGroup
         return [sys.executable, str(FAKE), str(definition.path), node.name, "serve", "blockrepl.cli.main"]
 
     monkeypatch.setattr(processes, "serve_command", command)
-    monkeypatch.setattr(processes, "TERM_S", 0.2)
+    monkeypatch.setattr(processes, "TERM_S", patient(2.0))
     yield fake
     for node in fake.definition.nodes:
-        processes.stop(node, 0.5)
+        processes.stop(node, 2.0)

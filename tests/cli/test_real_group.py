@@ -15,6 +15,7 @@ from blockrepl.cli import processes
 from blockrepl.definition import Definition, load
 from scripts.ports import free_ports
 from tests.cli.conftest import NODES, Run
+from tests.patience import patient
 
 pytestmark = [
     pytest.mark.slow,
@@ -26,7 +27,7 @@ pytestmark = [
 def real(tmp_path: Path) -> Iterator[Definition]:
     """A group of small volumes whose nodes do not exist yet; whatever runs at the end is stopped."""
     lines = ['[group]\nname = "real"\njournal = "16MiB"\nsecondary_journal = "16MiB"']
-    lines.append("[policy]\nlink_timeout_s = 20.0\nhold_s = 60.0")
+    lines.append(f"[policy]\nlink_timeout_s = {patient(20.0)}\nhold_s = {patient(60.0)}")
     ports = iter(free_ports(2 * len(NODES)))
     for name, role in NODES:
         lines.append(f'[[node]]\nname = "{name}"\nrole = "{role}"\ndirectory = "{name}"')
@@ -52,7 +53,7 @@ def qemu_io(definition: Definition, node: str, volume: str, *commands: str) -> s
 def test_a_group_lives_loses_its_primary_site_and_goes_on_at_the_other(real: Definition, run: Run) -> None:
     created = run("create", real.path)
     assert (created.code, len(created.out.splitlines())) == (0, 5)
-    up = run("up", real.path, "--timeout", "60")
+    up = run("up", real.path, "--timeout", f"{patient(90):g}")
     assert (up.code, up.err) == (0, "")
     qemu_io(real, "p1", "data", "write -P 65 0 1M", "write -P 66 4096 4096", "flush")
     qemu_io(real, "p2", "log", "write -P 67 1M 64k", "flush")
@@ -87,7 +88,7 @@ def test_a_group_lives_loses_its_primary_site_and_goes_on_at_the_other(real: Def
     assert "Pattern verification failed" not in read
     assert "Pattern verification failed" not in qemu_io(real, "s2", "log", "read -P 67 1M 64k", "write -P 1 0 4k")
 
-    again = run("up", real.path, "--timeout", "30")
+    again = run("up", real.path, "--timeout", f"{patient(30):g}")
     assert again.code == 33
     assert "node i1 runs, but will not become ready (fenced" in again.err
     down = run("down", "real")

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from tests.iscsi import pdu
 from tests.iscsi.pdu import FINAL, NO_TAG, READ, WRITE, Op, Pdu, Reader
+from tests.patience import patient
 
 NAME = "iqn.2026-11.org.blockrepl.test:initiator"
-TIMEOUT_S = 60.0
+TIMEOUT_S = patient(60.0)
 _CHUNK = 1 << 18
 
 

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 
-TIMEOUT_S = 900.0  # of a run that takes 20 s on a quiet machine
+from tests.patience import patient
+
+TIMEOUT_S = patient(900.0)  # of a run that takes 20 s on a quiet machine
 RECORD = Path(__file__).with_name("expected.txt")
 _TEST = re.compile(r"  Test: (\S+) \.\.\.(passed|FAILED)?(.*)")
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.iscsi.groups import PLAIN_NODE, PlainGroup, url
+from tests.patience import patient
 
 MIB = 1 << 20
-TIMEOUT_S = 100
+TIMEOUT_S = patient(100)
 
 
 def run(*argv: str) -> str:

@@ -15,6 +15,7 @@ import pytest
 from tests.iscsi import pdu
 from tests.iscsi.groups import PLAIN_NODE, PlainGroup, portals
 from tests.iscsi.initiator import NAME, Answer, ConnectionEndedError, Initiator, read_10, write_10
+from tests.patience import patient
 from tests.system.group import MIB, TIMEOUT_S, peak_memory_bytes, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -22,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 CASES = 1500
 CONNECTIONS = 1000
 LUN = 1  # of those who mean well; the others are at all the rest
-PATIENCE_S = 5.0  # a command that another initiator's reset has ended is never answered
+PATIENCE_S = patient(5.0)  # a command that another initiator's reset has ended is never answered
 MEMORY_LIMIT_BYTES = 250 * MIB
 GROWTH_LIMIT_BYTES = 48 * MIB  # of a thousand connections: a few KiB of ours each, and a socket
 

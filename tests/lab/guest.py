@@ -11,10 +11,11 @@ import time
 from pathlib import Path
 
 from tests.lab.packages import LabUnavailableError
+from tests.patience import patient
 
 HOST = "10.0.2.2"  # the machine's loopback, seen from the guest
-BOOT_TIMEOUT_S = 240.0  # software emulation on a busy machine
-COMMAND_TIMEOUT_S = 120.0
+BOOT_TIMEOUT_S = patient(300.0)  # software emulation on a busy machine
+COMMAND_TIMEOUT_S = patient(180.0)
 _MEMORY_MIB, _CPUS = 512, 2
 
 

@@ -13,7 +13,7 @@ from blockrepl.formats.scsi_reservation import OutAction, Type
 from tests.frontends.iscsi.initiator import login_bytes
 from tests.frontends.iscsi.scsi.test_reservations import out
 from tests.system.conftest import MakeGroup
-from tests.system.group import RealGroup, wait_for
+from tests.system.group import TIMEOUT_S, RealGroup, wait_for
 from tests.system.test_iscsi_takeover import path_of, with_portals
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -31,7 +31,7 @@ class Host:
         assert parts.hostname is not None
         assert parts.port is not None
         self._lun = int(lun)
-        self._socket = socket.create_connection((parts.hostname, parts.port), timeout=60)
+        self._socket = socket.create_connection((parts.hostname, parts.port), timeout=TIMEOUT_S)
         self._cmd_sn = 100
         text = {"InitiatorName": f"iqn.2026-11.test:{name}", "TargetName": target, "SessionType": "Normal"}
         self._socket.sendall(

@@ -12,7 +12,7 @@ from blockrepl.cli.client import call
 from blockrepl.definition import load
 from scripts.ports import free_ports
 from tests.system.conftest import MakeGroup
-from tests.system.group import RealGroup, wait_for
+from tests.system.group import TIMEOUT_S, RealGroup, wait_for
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,7 +22,7 @@ pytestmark = [
 
 
 def run(*argv: str) -> str:
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     return done.stdout + done.stderr
 
 
@@ -36,7 +36,7 @@ def with_portals(group: RealGroup) -> RealGroup:
 
 
 def path_of(group: RealGroup, node: str, volume: str) -> dict[str, Any]:
-    status = call(group.node(node).directory, "status", {}, timeout_s=10)
+    status = call(group.node(node).directory, "status", {}, timeout_s=TIMEOUT_S)
     found: dict[str, Any] = next(v for v in status["volumes"] if v["name"] == volume)["iscsi"]
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.system.group import ALL, A, B, OrderedLoad, RealGroup, wait_for
+from tests.system.group import ALL, TIMEOUT_S, A, B, OrderedLoad, RealGroup, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 VERIFIED = ("--rw=randwrite", "--bs=4k", "--iodepth=16", "--size=32M", "--verify=crc32c", "--verify_fatal=1")
@@ -13,12 +13,12 @@ VERIFIED = ("--rw=randwrite", "--bs=4k", "--iodepth=16", "--size=32M", "--verify
 @pytest.mark.usefixtures("fio")
 @pytest.mark.parametrize("victim", ["i1", "s1", "s2"])
 def test_a_node_killed_under_verified_load_resumes_and_both_ends_are_the_same(group: RealGroup, victim: str) -> None:
-    fio = group.fio(*VERIFIED, "--rate_iops=4000")
+    fio = group.fio(*VERIFIED, "--rate_iops=2000")
     wait_for(lambda: group.marks("i1")["numbered"] > 1000, "a load")
     group.kill(victim)
     assert fio.poll() is None, "the load is over already"
     group.start(victim)
-    output, _ = fio.communicate(timeout=200)
+    output, _ = fio.communicate(timeout=2 * TIMEOUT_S)
     assert fio.returncode == 0, output
     assert "verify" not in output.lower() or "failed" not in output.lower(), output
     assert group.settle() >= 2 * (32 << 20) // 4096

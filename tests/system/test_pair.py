@@ -15,10 +15,11 @@ from blockrepl.cli.client import call
 from blockrepl.errors import UsageError
 from blockrepl.node.create import create
 from tests.system.conftest import MakeGroup
-from tests.system.group import PRIMARIES, SECONDARIES, VOLUMES, A, B, RealGroup, answers, wait_for
+from tests.system.group import PRIMARIES, SECONDARIES, TIMEOUT_S, VOLUMES, A, B, RealGroup, answers, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 BLOCK = 64 << 10
+LONG = f"{2 * TIMEOUT_S:g}"  # seconds, of a command
 MIB = 1 << 20
 SMALL = dict.fromkeys(VOLUMES, "16MiB")
 
@@ -31,7 +32,7 @@ def do(group: RealGroup, *arguments: str, code: int = 0) -> subprocess.Completed
 
 def paired(group: RealGroup) -> None:
     """PAIR, and nobody copies any more."""
-    do(group, "pair", "wait", "-s", "PAIR", "-t", "120")
+    do(group, "pair", "wait", "-s", "PAIR", "-t", LONG)
     data = [*PRIMARIES, *SECONDARIES]
     wait_for(lambda: not any(group.status(name).get("copying") for name in data), "the end of the copy")
 
@@ -67,7 +68,7 @@ def test_a_split_group_is_brought_together_again_under_fio(make_group: MakeGroup
     wait_for(lambda: group.marks("i1")["numbered"] > 500, "some writes")
     for _ in range(2):
         do(group, "pair", "split")
-        do(group, "pair", "wait", "-s", "PSUS", "-t", "60")
+        do(group, "pair", "wait", "-s", "PSUS", "-t", LONG)
         at = group.marks("s1")["applied"]
         numbered = group.marks("i1")["numbered"]
         wait_for(partial(_numbered_above, group, numbered + 200), "writes after the split")
@@ -76,7 +77,7 @@ def test_a_split_group_is_brought_together_again_under_fio(make_group: MakeGroup
         paired(group)
     assert load.poll() is None
     load.terminate()
-    load.wait(60)
+    load.wait(TIMEOUT_S)
     group.settle()
     assert group.differing() == []
 
@@ -91,7 +92,7 @@ def test_an_adopted_disk_is_copied_while_hosts_write(make_group: MakeGroup) -> N
     assert "create --adopt" in refused.stderr
     assert f"p1: adopted {A}" in do(group, "create", "--adopt").stdout
     group.start()
-    do(group, "pair", "wait", "-s", "PSUE", "-t", "60")
+    do(group, "pair", "wait", "-s", "PSUE", "-t", LONG)
     volume = group.open(A)
     assert volume.read(0, MIB) == disk[:MIB]
     do(group, "pair", "create", "--rate", "20MiB")
@@ -151,7 +152,7 @@ def test_failover_and_failback_again_and_again_send_only_what_differs(make_group
         at_secondary = hosts == SECONDARIES
         write(40, secondary=at_secondary)
         group.kill(*hosts)
-        call(group.node(away[0]).directory, "takeover", {}, timeout_s=120)
+        call(group.node(away[0]).directory, "takeover", {}, timeout_s=2 * TIMEOUT_S)
         write(30, secondary=not at_secondary)
         group.start(*hosts, wait=False)
         wait_for(partial(_all_answer, group, hosts), "the old site answers")
@@ -191,7 +192,7 @@ def test_with_fence_never_hosts_go_on_alone_and_come_back(make_group: MakeGroup)
     log.write(7 * BLOCK, b"c" * 4096, durable=True)
     assert group.status("p1")["suspended"] == "PSUE"
     assert group.status("p1")["out_of_sync_bytes"][A] >= BLOCK
-    do(group, "pair", "wait", "-s", "PSUE", "-t", "30")
+    do(group, "pair", "wait", "-s", "PSUE", "-t", LONG)
     group.kill("p1")
     group.start("p1")
     volume = group.open(A)
@@ -285,8 +286,8 @@ def test_the_old_site_can_be_kept_instead(make_group: MakeGroup) -> None:
     other.write(MIB, b"given up".ljust(4096), durable=True)
     refused = group.node("p1").directory
     with pytest.raises(UsageError, match="has taken over later, in epoch 2"):
-        call(refused, "reform", {"kind": "swap"}, timeout_s=120)
-    call(refused, "reform", {"kind": "swap", "force": True}, timeout_s=120)
+        call(refused, "reform", {"kind": "swap"}, timeout_s=2 * TIMEOUT_S)
+    call(refused, "reform", {"kind": "swap", "force": True}, timeout_s=2 * TIMEOUT_S)
     paired(group)
     volume = group.open(A)
     assert volume.read(MIB, 4096) == bytes(4096)

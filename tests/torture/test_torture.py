@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,13 @@ from typing import Any
 import pytest
 
 from scripts.demolib.host import why_no_loop
+from tests.leftovers import IMAGES, leftovers
+from tests.patience import patient
+from tests.system.group import wait_for
 
 ROOT = Path(__file__).parents[2]
 MINUTES = 1.7
+PLACE = f"{IMAGES}/torture-"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 needs_loop = pytest.mark.skipif(bool(why_no_loop()), reason=f"no loop devices: {why_no_loop()}")
 
@@ -30,8 +33,8 @@ def torture(tmp_path: Path, *arguments: str) -> tuple[int, str, list[dict[str, A
     """(exit status, output, its rounds)."""
     path = tmp_path / "torture.json"
     argv = command("--json", str(path), *arguments)
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=880, check=False)
-    assert leftovers() == []
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=patient(880), check=False)
+    assert left() == []
     return (
         done.returncode,
         done.stdout + done.stderr,
@@ -39,18 +42,9 @@ def torture(tmp_path: Path, *arguments: str) -> tuple[int, str, list[dict[str, A
     )
 
 
-def leftovers() -> list[str]:
-    """What lives in a torture's directory still: files, mounts, loop devices, processes."""
-    home = str(ROOT / "images" / "torture-")
-    found = [str(path) for path in (ROOT / "images").glob("torture-*")]
-    found += [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if home in line]
-    for path in (*Path("/sys/block").glob("loop*/loop/backing_file"), *Path("/proc").glob("[0-9]*/cmdline")):
-        try:
-            words = path.read_bytes()
-        except OSError:
-            continue
-        found += [repr(words)] if home.encode() in words else []
-    return found
+def left() -> list[str]:
+    """What lives in a torture's directory still, and the directory."""
+    return [*map(str, IMAGES.glob("torture-*")), *leftovers(PLACE)]
 
 
 def test_every_round_that_fits_keeps_the_promise(tmp_path: Path) -> None:
@@ -103,27 +97,22 @@ def test_interrupted_or_killed_it_leaves_nothing_that_runs_is_mounted_or_attache
         if line.startswith("    ") and not line.startswith("    $ "):  # the first fault
             break
     own = {name: file for name, file in loop_devices().items() if name not in others}
-    own = {
-        name: file for name, file in own.items() if file == "/" or file.startswith(str(ROOT / "images" / "torture-"))
-    }
+    own = {name: file for name, file in own.items() if file == "/" or file.startswith(PLACE)}
     assert own or kind == "kills"
     if how == signal.SIGKILL and os.geteuid() != 0:
         process.kill()
         pytest.skip("without namespaces nobody ends what a killed torture started")
     process.send_signal(how)
     rest = process.stdout.read()
-    status = process.wait(300)
+    status = process.wait(patient(300))
     if how == signal.SIGINT:
         assert status == 130, rest
-        assert leftovers() == []
+        assert left() == []
         assert not bound_still(own)
         return
-    deadline_s = time.monotonic() + 300
-    while (left := [each for each in leftovers() if not each.startswith(str(ROOT))]) or bound_still(own):
-        assert time.monotonic() < deadline_s, (left, bound_still(own))
-        time.sleep(0.1)
+    wait_for(lambda: not leftovers(PLACE) and not bound_still(own), "nothing runs, is mounted or attached any more")
     done = subprocess.run(
-        command("--rounds", "0"), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+        command("--rounds", "0"), cwd=ROOT, capture_output=True, text=True, timeout=patient(300), check=False
     )  # the next one removes its files
     assert done.returncode == 0, done.stdout + done.stderr
-    assert leftovers() == []
+    assert left() == []
