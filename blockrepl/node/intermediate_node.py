@@ -90,6 +90,7 @@ class IntermediateNode(NodeBase):
             bitmaps=self._bitmaps.bitmaps,
             owners=definition.owners(direction),
             homes=definition.homes(direction),
+            names={each.id: each.name for each in definition.nodes},
             local_source=definition.volumes_mode,
         )
 

@@ -81,11 +81,13 @@ class Intermediate:
         owners: Mapping[int, int] | None = None,
         homes: Mapping[int, int] | None = None,
         local_source: bool = False,
+        names: Mapping[int, str] | None = None,
     ) -> None:
         """``state.incarnation`` was raised durably by this process. ``new_id`` gives 16 random bytes.
 
         ``bitmaps``: volume → its hop-2 bitmap; ``owners``: volume → its primary; ``homes``: volume → its secondary.
         ``local_source``: volumes mode: hop 2 is resynchronised from the intermediate's own volumes.
+        ``names``: of all nodes, for what people read.
         """
         self.group = group
         self.node = node
@@ -109,6 +111,7 @@ class Intermediate:
         self.pairing = Pairing(self, bitmaps or {}, owners or {}, local_source=local_source)
         self.comparing = Comparing(local=local_source)
         self._homes = homes or {}
+        self._names = names or {}
         self._here = Stream(node)  # records that are for the intermediate volumes only: sent to nobody
         self.undurable_bytes = 0  # of its own records
         self._own = Sender(node)  # of the records that the intermediate makes itself
@@ -126,6 +129,10 @@ class Intermediate:
         self._nonces: dict[int, bytes] = {}
         self.opener_link = 0
         self.opener_reforms = False
+
+    def called(self, node: int) -> str:
+        """A node, for people."""
+        return self._names.get(node, f"node {node}")
 
     # start
 
@@ -214,7 +221,10 @@ class Intermediate:
             if fields["node"] not in self.senders.by_node:
                 return Refusal.NODE, f"node {fields['node']} is no primary of this group"
             if fields["node"] in self.state.excluded:
-                return Refusal.STATE, f"node {fields['node']} is excluded: `blockrepl node include` lets it back in"
+                return (
+                    Refusal.STATE,
+                    f"{self.called(fields['node'])} is excluded: `blockrepl node include` lets it back in",
+                )
             theirs, ours = fields["epoch"], self.state.epoch
             if ours.number and theirs.number == ours.number and theirs.id != ours.id:
                 return Refusal.EPOCH, f"split brain: epoch {theirs} there, {ours} here"
@@ -717,7 +727,7 @@ class Intermediate:
                 def stored(now_s: float, sender: Sender = sender, through: int = through) -> list[Action]:
                     self._spilling = False
                     sender.spilled = through
-                    return [Event(f"records of primary {sender.node} up to {through} are kept beside the ring")]
+                    return [Event(f"records of {self.called(sender.node)} up to {through} are kept beside the ring")]
 
                 def spilled(now_s: float, sender: Sender = sender, through: int = through) -> list[Action]:
                     rest = [row for row in self.state.spilled if row[0] != sender.node]
@@ -749,19 +759,21 @@ class Intermediate:
         """`node exclude`: a primary is known to be dead; the others go on without it. Raises UsageError."""
         sender = self.senders.by_node.get(node)
         if sender is None:
-            raise UsageError(f"node {node} is no primary of this group now", hint="see: blockrepl status")
+            raise UsageError(f"{self.called(node)} is no primary of this group now", hint="see: blockrepl status")
         if sender.link:
-            raise UsageError(f"node {node} is connected: it is not dead", hint="stop it first: blockrepl down --node")
+            raise UsageError(
+                f"{self.called(node)} is connected: it is not dead", hint="stop it first: blockrepl down --node"
+            )
         if node not in self.state.excluded:
             self.state.excluded.append(node)
-        return [self.save(lambda _: [Event(f"node {node} is excluded")])]
+        return [self.save(lambda _: [Event(f"{self.called(node)} is excluded")])]
 
     def include(self, node: int) -> list[Action]:
         """`node include`. Raises UsageError."""
         if node not in self.state.excluded:
-            raise UsageError(f"node {node} is not excluded", hint="see: blockrepl status")
+            raise UsageError(f"{self.called(node)} is not excluded", hint="see: blockrepl status")
         self.state.excluded.remove(node)
-        return [self.save(lambda _: [Event(f"node {node} is included")])]
+        return [self.save(lambda _: [Event(f"{self.called(node)} is included")])]
 
     def _beats(self, boot_ns: int) -> list[Action]:
         actions: list[Action] = []

@@ -116,18 +116,19 @@ class Opening:
             return self._left_out(theirs)
         if self._new and theirs.number and not report["active"]:
             if not report["rolling"]:
-                return self.behind(f"secondary {node} has worked in epoch {theirs.number}")
+                return self.behind(f"{self._owner.called(node)} has worked in epoch {theirs.number}")
             if report["through"] or report["prepared"]:
                 text = f"a takeover in epoch {theirs.number} was begun and has not ended"
                 return self.behind(text, first="blockrepl takeover, then ")
             return None  # it came before anything was replicated: a higher epoch supersedes it
         if more:
-            return self.behind(f"secondary {node} holds number {report['through']}, which this journal does not have")
+            who = self._owner.called(node)
+            return self.behind(f"{who} holds number {report['through']}, which this journal does not have")
         return None
 
     def refused(self, node: int, fields: dict[str, Any], now_s: float) -> list[Action]:
         """A secondary refused our HELLO."""
-        actions: list[Action] = [Event(f"secondary {node} refused: {fields['text']}")]
+        actions: list[Action] = [Event(f"{self._owner.called(node)} refused: {fields['text']}")]
         active = fields["code"] == Refusal.ACTIVE
         if active or fields["code"] == Refusal.EPOCH:
             actions += self._learn(fields["epoch"], fields["promised"], active=active, now_s=now_s)
@@ -140,7 +141,7 @@ class Opening:
             return []
         del self._reports[node]
         if self.phase in (Phase.OPENING, Phase.STORING):
-            return self._start_over(now_s, f"secondary {node} went away")
+            return self._start_over(now_s, f"{self._owner.called(node)} went away")
         return []
 
     def met(self, epoch: Epoch, now_s: float) -> list[Action]:
@@ -231,7 +232,7 @@ class Opening:
         """A secondary in our epoch takes its place in the streams."""
         if not self._fits(node):
             epoch = self._reports[node]["epoch"]
-            return [Event(f"secondary {node} is in epoch {epoch}, not in ours: it gets nothing")]
+            return [Event(f"{self._owner.called(node)} is in epoch {epoch}, not in ours: it gets nothing")]
         streams, report = self._owner.streams, self._reports[node]
         streams.attach(node, report["link"], report["credit"], report["through"], report["prepared"])
         actions = streams.resume(streams.by_node[node])
@@ -252,7 +253,7 @@ class Opening:
             return self._serve(now_s)
         new = [node for node, report in self._reports.items() if not report["epoch"].number and owner.numbered]
         if new:  # an epoch with it would promise what it does not have
-            self.reason = f"secondary {new[0]} is new and empty: blockrepl replace"
+            self.reason = f"{self._owner.called(new[0])} is new and empty: blockrepl replace"
             return []
         if everybody and now_s >= self._open_at_s:
             return self._open()
@@ -291,7 +292,7 @@ class Opening:
             return []
         if fields["epoch"] != self._asked:
             self.higher = max(self.higher, fields["epoch"])
-            return self._start_over(now_s, f"secondary {node} has promised epoch {fields['epoch']}")
+            return self._start_over(now_s, f"{self._owner.called(node)} has promised epoch {fields['epoch']}")
         if kind == Message.PROMISED and self.phase is Phase.OPENING:
             self._answers.add(node)
             return self._agree() if len(self._answers) == len(self._owner.streams.by_node) else []

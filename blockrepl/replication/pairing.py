@@ -284,9 +284,9 @@ class Pairing:
     def _missing(self) -> str:
         """Who is not there for a resync, in words."""
         owner = self._owner
-        away = [f"secondary {s.node}" for s in owner.streams.by_node.values() if not s.ready]
-        away += [f"primary {s.node}" for s in owner.senders.by_node.values() if not s.live]
-        return f"{', '.join(away)} is away" if away else ""
+        away = [owner.called(s.node) for s in owner.streams.by_node.values() if not s.ready]
+        away += [owner.called(s.node) for s in owner.senders.by_node.values() if not s.live]
+        return f"{', '.join(away)} {'is' if len(away) == 1 else 'are'} away" if away else ""
 
     # suspension
 
@@ -553,7 +553,7 @@ class Pairing:
         if sender.suspended:
             self._copied.discard(sender.node)
             if self._owner.state.numbering and self.step not in (Step.STARTING, Step.COPYING):
-                return self.stop_numbering(f"primary {sender.node} has gone on alone")
+                return self.stop_numbering(f"{self._owner.called(sender.node)} has gone on alone")
         return self.tell_resync(sender)
 
     def secondary_joined(self, stream: Stream) -> list[Action]:

@@ -57,6 +57,7 @@ class Group:
             group=GROUP, node=MID, name="i", primaries=[P1, P2], secondaries=[S1, S2],
             state=IntermediateState(**{"epoch": ONE, "promised": ONE, "incarnation": 1, **state}),
             policy=policy or Policy(), new_id=lambda: b"x" * 16, bitmaps=self.bitmaps, owners={1: P1, 2: P2},
+            names={P1: "p1", P2: "p2", S1: "s1", S2: "s2"},
         )  # fmt: skip
         self.role.ring(FREE, FREE)
         self.role.start()
@@ -404,7 +405,7 @@ def test_a_command_that_a_state_forbids_names_the_state_and_what_comes_first() -
     with pytest.raises(UsageError, match="not possible in state PSUS"):
         group.role.pairing.split(writable=False, now_s=0.0)
     group.do(group.role.lost(LINKS[P2], 0.0))
-    with pytest.raises(UsageError, match="primary 2 is away"):
+    with pytest.raises(UsageError, match="p2 is away"):
         group.role.pairing.resync(now_s=0.0)
 
 

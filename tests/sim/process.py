@@ -504,6 +504,7 @@ class IntermediateProcess(Process):
             owners={v: self.layout.primaries[p] for v, (p, _, _) in self.layout.volumes.items()},
             homes={v: self.layout.secondaries[s] for v, (_, s, _) in self.layout.volumes.items()},
             local_source=mode,
+            names={node: name for name, node in (*self.layout.primaries.items(), *self.layout.secondaries.items())},
         )  # fmt: skip
         reading.tell_intermediate(role)
         self.watcher.recovered(self, reading.heads, role)
