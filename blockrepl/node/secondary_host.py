@@ -32,11 +32,10 @@ from blockrepl.replication.actions import (
     SaveState,
     SyncJournal,
     SyncVolumes,
-    Trim,
     Truncate,
     Withdraw,
 )
-from blockrepl.replication.secondary import Phase, Secondary
+from blockrepl.replication.secondary import Secondary
 from blockrepl.storage.journal_file import JournalFile
 from blockrepl.storage.undo_file import NO_SPACE
 
@@ -92,9 +91,9 @@ class SecondaryHost(Host):
         self._notes: deque[tuple[int, int, int, int]] = deque()  # (position, number, epoch, received)
         self._syncs: deque[tuple[int, int]] = deque()  # (position, token)
         self._unfit: deque[Append | AppendNote | SyncJournal] = deque()
-        self._trim_number = 0
         self._trimmer = Trimmer(journal, self._state, self._trimmed)
-        self._reserve_bytes = journal.journal.ring_bytes // 4
+        # For PADs. It is half of the intermediate's: what that one keeps fits here, with the notes of open rounds.
+        self._reserve_bytes = journal.journal.ring_bytes // 8
         self._performers |= {
             Append: self._append,
             AppendNote: self._append,
@@ -102,7 +101,6 @@ class SecondaryHost(Host):
             SaveState: self._save,
             Apply: self._apply,
             SyncVolumes: self._sync_volumes,
-            Trim: self._trim,
             Truncate: self._truncate,
             Forget: self._forget,
             HaltApply: self._halt,
@@ -136,8 +134,7 @@ class SecondaryHost(Host):
         """Time passes."""
         now_s = self.clock.now_s()
         self.perform(self.role.tick(now_s, self.clock.boot_ns()))
-        if self.role.phase not in (Phase.STORING, Phase.FAILED):
-            self._guarded(lambda: self._trimmer.trim(self._trim_number, now_s))
+        self._guarded(lambda: self._trimmer.trim(self.role.releasable, now_s))
         self._retry(now_s)
         self.settle()
 
@@ -251,16 +248,18 @@ class SecondaryHost(Host):
     def _save(self, action: SaveState) -> None:
         self._guarded(lambda: self.journal.save(self._state(), done=lambda: self._done(action.token)))
 
-    def _trim(self, action: Trim) -> None:
-        self._trim_number = action.number
-
     def _trimmed(self) -> None:
-        self._tell_room()
         self._put_unfit()
+        self._tell_room()
         self.settle()
 
     def _tell_room(self) -> None:
-        self.role.free_bytes = max(0, self.journal.journal.free_bytes - self._reserve_bytes)
+        """What waits for room takes some of it."""
+        waiting = sum(
+            frame_bytes(each.head.size_bytes if isinstance(each, Append) else 0)
+            for each in self._unfit if not isinstance(each, SyncJournal)
+        )  # fmt: skip
+        self.role.free_bytes = self.journal.journal.free_bytes - self._reserve_bytes - waiting
 
     def _truncate(self, action: Truncate) -> None:
         heads = [item.head for item in self.applier.held]
@@ -297,7 +296,6 @@ class SecondaryHost(Host):
             self.workers.later(lambda: self._forget(action))
             return
         self.applier.discard_above(-1)
-        self._trim_number = 0
         state = self._state()
         self._guarded(lambda: self.journal.save(state, journal.tail, lambda: self._done(action.token)))
 

@@ -168,13 +168,6 @@ class Replay:
 
 
 @dataclass(slots=True)
-class Trim:
-    """Every record up to ``number`` may go from this node's journal."""
-
-    number: int
-
-
-@dataclass(slots=True)
 class Truncate:
     """Discard records above ``number`` from this node's journal and save the role's `state`, in one durable write.
 
@@ -323,7 +316,7 @@ class Event:
 
 
 Action = (
-    Send | Close | Append | AppendNote | SyncJournal | SaveState | Transmit | Replay | Trim | Truncate | Apply
+    Send | Close | Append | AppendNote | SyncJournal | SaveState | Transmit | Replay | Truncate | Apply
     | HaltApply | OpenUndo | RestoreUndo | DropUndo | Withdraw | Publish | BecomeSource | SaveBits | MarkJournal
     | CopyOwn | CountAbove | Spill | DropSpill | Forget | Reformed | SyncVolumes | StoreBatch | StoreRecord | FailBatch
     | DigestBlocks | ReadBlocks | ReadMetadata | Digested | Event

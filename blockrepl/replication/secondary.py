@@ -28,7 +28,6 @@ from blockrepl.replication.actions import (
     SaveState,
     Send,
     SyncVolumes,
-    Trim,
 )
 from blockrepl.replication.copying import Copying
 from blockrepl.replication.greeting import Introduction, refused
@@ -40,6 +39,7 @@ from blockrepl.replication.splitting import Splitting
 
 _CONTROL = (int(RecordKind.START), int(RecordKind.END))
 _MARKER = int(RecordKind.MARKER)
+_NOTE_BYTES = frame_bytes(0)
 MARKERS_MAX = 1024  # remembered
 
 
@@ -78,7 +78,7 @@ class Secondary:
         self.incarnation = 0  # of the intermediate
         self._credit = 0
         self._credit_used = 0
-        self.free_bytes = 0
+        self.free_bytes = 0  # of the ring, less the reserve; the host says how it is, we count what we append since
         self.notes: deque[tuple[int, int]] = deque()  # (number, link)
         self._token = 0
         self._then: dict[int, Callable[[float], list[Action]]] = {}
@@ -132,6 +132,11 @@ class Secondary:
     def dirty_bytes(self) -> int:
         """What its hosts wrote by themselves, in whole blocks."""
         return sum(bitmap.dirty_bytes for bitmap in self.bitmaps.values())
+
+    @property
+    def releasable(self) -> int:
+        """Every record up to it is durable in the S-VOLs, and may leave the journal (rule 14); 0 where none may now."""
+        return 0 if self.phase in (Phase.STORING, Phase.FAILED) else self.state.applied
 
     @property
     def held(self) -> int:
@@ -227,6 +232,7 @@ class Secondary:
         self.received = head.last
         self.numbered_seen = max(self.numbered_seen, head.last)
         self._unsynced_bytes += size
+        self.free_bytes -= size
         chunk.hold()
         return [Append(head, record, chunk)]
 
@@ -296,6 +302,7 @@ class Secondary:
         if number <= self.state.prepared:
             return [self._prepared(link, number)]
         self.notes.append((number, link))
+        self.free_bytes -= _NOTE_BYTES
         return [AppendNote(number, self.state.epoch.number, self.received)]
 
     def noted(self, number: int, epoch: int, now_s: float, received: int = 0) -> list[Action]:
@@ -377,7 +384,7 @@ class Secondary:
         def synced(_: float) -> list[Action]:
             self._syncing = False
             self.state.applied = max(self.state.applied, min(number, self.applied))  # it may have gone back meanwhile
-            return [Trim(self.state.applied)]
+            return []
 
         return [SyncVolumes(self.later(synced))]
 

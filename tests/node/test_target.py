@@ -442,3 +442,26 @@ def test_who_is_no_source_is_not_made_one_by_a_reform() -> None:
     rig = filled()
     reform(rig, 1000, source=True)
     assert "take over first" in raises(lambda: rig.settle())
+
+
+def test_what_a_copys_end_made_durable_leaves_the_ring_though_nothing_follows() -> None:
+    """Else its peer waits for its note of what comes next, and that for room, for ever (rules 6 and 14)."""
+    rig, _, start = copying()
+    rig.end(start)
+    rig.validated()
+    rig.crash(power=False)
+    rig.settle(3.0)
+    assert rig.role.state.applied == rig.number
+    assert rig.process.host.journal.journal.used_bytes == 0
+
+
+def test_what_is_received_takes_from_the_credit_at_once_and_not_only_at_the_next_trim() -> None:
+    """Else a ring is filled to the brim with what is not validated, and its note finds no room (rule 6)."""
+    rig = filled()
+    rig.settle(3.0)
+    journal, role = rig.process.host.journal.journal, rig.role
+    while journal.free_bytes > journal.ring_bytes // 2:
+        rig.write()
+    rig.prepare()
+    rig.settle()
+    assert role._credit - role._credit_used <= journal.free_bytes

@@ -81,6 +81,7 @@ def small(ring_bytes: int, cache_bytes: int) -> Iterator[None]:
         f"{hosts}.intermediate_host.REPLAY_QUEUE_BYTES": 24 << 10,
         f"{hosts}.secondary_host.CACHE_BYTES": cache_bytes,
         f"{hosts}.applying.SLICE_BYTES": 8 << 10,
+        "blockrepl.replication.streams.MAX_OPEN_ROUNDS": 4,  # a note each, of 4 KiB
         "blockrepl.replication.copier.CHUNK_BYTES": 8 << 10,
         f"{hosts}.primary_host.VERIFY_BLOCK_BYTES": 8 << 10,  # what differs is copied: a record that a small ring holds
         f"{hosts}.secondary_host.COMMIT_BYTES": 48 << 10,

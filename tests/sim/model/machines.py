@@ -582,9 +582,6 @@ class SecondaryMachine(JournalMachine):
         self.perform(self.role.done(token, 0.0))
         self.commit()
 
-    def do_Trim(self, action: Any) -> None:  # noqa: N802
-        """The journal of the model is large enough."""
-
     def do_Publish(self, action: Any) -> None:  # noqa: N802
         """No host uses the S-VOLs."""
 
