@@ -58,7 +58,7 @@ def serve(
     target: Target = None,
     file: File = None,
     alone: Annotated[
-        bool, typer.Option("--alone", help="Serve though peers cannot confirm that no newer epoch exists.")
+        bool, typer.Option("--alone", help="Work though nobody can confirm that no other side has taken over.")
     ] = False,
 ) -> None:
     """Run one node in the foreground.

@@ -40,8 +40,10 @@ from blockrepl.storage.split_volume import SplitVolume
 class DataNode(NodeBase):
     """Keeps images: serves those of a source, and plain volumes (SMPL) that have no secondary."""
 
-    def __init__(self, definition: Definition, node: Node) -> None:
+    def __init__(self, definition: Definition, node: Node, *, alone: bool = False) -> None:
+        """``alone``: its primary may complete writes before it has met the intermediate (rule 24)."""
         super().__init__(definition, node)
+        self._alone = alone
         self.links.router = self
         self.exports = Exports(definition, node, self.pool)
         self._volumes = definition.volumes_at(node.name)
@@ -133,7 +135,7 @@ class DataNode(NodeBase):
         assert self.target is not None
         self.source = Source(
             self, self.exports, self._paired, self._images, self._state_file, self._bitmaps,
-            self.target.host.role.state,
+            self.target.host.role.state, alone=self._alone,
         )  # fmt: skip
         self._verify_run = VerifyRun(self.source.host)
 
@@ -340,8 +342,8 @@ class DataNode(NodeBase):
     def _ready(self) -> bool:
         if self.source is not None:
             # A role that is live exports at the next tick: until then hosts would be turned away.
-            phase = self.source.host.role.phase
-            served = phase is primary.Phase.LIVE or phase in primary.SUSPENDED
+            role = self.source.host.role
+            served = role.live or (role.suspended and role.suspension.confirmed)
             return served and len(self.exports.volumes) == len(self._volumes)
         if self.target is not None:
             return self.target.host.role.phase is not secondary.Phase.FAILED

@@ -35,7 +35,7 @@ def make_node(definition: Definition, name: str, *, alone: bool) -> NodeBase:
         return IntermediateNode(definition, node, alone=alone)
     from blockrepl.node.data_node import DataNode
 
-    return DataNode(definition, node)
+    return DataNode(definition, node, alone=alone)
 
 
 def fail_stop(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

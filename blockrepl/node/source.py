@@ -41,9 +41,12 @@ class Source:
 
     def __init__(
         self, owner: NodeBase, exports: Exports, volumes: list[Volume], images: Mapping[int, ImageFile],
-        state_file: SlotFile, bitmaps: NodeBitmaps, taken: SecondaryState,
+        state_file: SlotFile, bitmaps: NodeBitmaps, taken: SecondaryState, *, alone: bool = False,
     ) -> None:  # fmt: skip
-        """``taken``: the state of the secondary role beside it, which is active. Raises StorageError."""
+        """``taken``: the state of the secondary role beside it, which is active. ``alone``: `serve --alone`.
+
+        Raises StorageError.
+        """
         self._owner = owner
         self._exports = exports
         self.volumes = volumes
@@ -51,6 +54,7 @@ class Source:
         self._state_file = state_file
         self._bitmaps = bitmaps
         self._writable = taken.writable
+        self._alone = alone
         state_file.on_failed = lambda error: self.host.fail(str(error))
         self.host = self._make_host(taken)
         self._dialler: Dialler | None = None
@@ -75,6 +79,7 @@ class Source:
             policy=policy_of(definition),
             bitmaps=self._bitmaps.bitmaps,
             clean=clean,
+            alone=self._alone,
         )
         images = {volume.id: self._images[volume.id] for volume in self.volumes}
         save = partial(self._state_file.save, owner.disk)

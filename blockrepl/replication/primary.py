@@ -120,7 +120,7 @@ class Primary:
         """``streams``: volume id → secondary id. ``state.incarnation`` was raised durably by this process.
 
         ``bitmaps``: volume id → bits. ``clean``: the process before this one stopped with its bits stored. ``alone``:
-        with fence never it may go alone though it never met the intermediate (rule 24).
+        it may go alone (with fence never), or be it again, though it never met the intermediate (rule 24).
         """
         self.group = group
         self.node = node
@@ -420,6 +420,7 @@ class Primary:
         self._credit = welcome["credit"]
         self.numbering, self.pair = welcome["numbering"], Pair(welcome["pair"])
         self.validated = max(self.validated, welcome["validated"])
+        self.suspension.confirmed = True
         if self.stamp_received_s is None:
             self.stamp_received_s = now_s
         if self.replaying and not self.trusted:
@@ -593,6 +594,11 @@ class Primary:
             if not self.numbering:
                 return f"the group is suspended ({self.pair.name}): blockrepl pair resync"
             return "" if self._credit_used < self._credit else "journal full: waiting for the secondaries"
+        if self.suspended and not self.fenced and self.state.alone and not self.suspension.confirmed:
+            return (
+                "started while suspended: it completes nothing before it has met the intermediate; "
+                "started by `blockrepl up --alone` it would"
+            )
         if self.suspended and not self.fenced:
             return "" if self.state.alone else f"suspended ({Pair(self.state.suspended).name}): blockrepl pair resync"
         if self.fenced and self.machine.state is not Phase.FAILED:

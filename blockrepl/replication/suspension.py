@@ -25,6 +25,9 @@ class Suspension:
         """``asked``: an operator lets this process go alone before it has met the intermediate (rule 24)."""
         self._owner = owner
         self._asked = asked
+        # Started while it was suspended: another side may have taken over since, and the line be cut. After a takeover
+        # here (detached) none can have: that needs a reform, and every node for it.
+        self.confirmed = asked or owner.state.detached or not owner.state.suspended
         self._started_s: float | None = None
         self._tick_s = 0.0
         self.reforming = False
@@ -33,7 +36,8 @@ class Suspension:
     def completes(self) -> bool:
         """Writes complete without the group now."""
         owner = self._owner
-        return owner.suspended and owner.state.alone and not owner.fenced and not owner.resyncing.begins
+        free = self.confirmed and not owner.fenced and not owner.resyncing.begins
+        return owner.suspended and owner.state.alone and free
 
     def tick(self, now_s: float) -> list[Action]:
         """Fence never: no sooner than 2 T after the newest stamp was received (rule 16)."""
@@ -181,6 +185,7 @@ class Suspension:
 
         def stored(now_s: float) -> list[Action]:
             self.reforming = False
+            self.confirmed = True  # by every node
             owner.begin_anew()
             owner.resyncing.compare = True
             return [Event(f"formed anew in epoch {epoch}"), *self.complete_waiting(), Reformed()]

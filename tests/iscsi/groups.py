@@ -31,8 +31,8 @@ class PlainGroup(RealGroup):
             lines += ['secondary = "none"', 'frontends = ["iscsi"]']
         return "\n".join(lines) + "\n"
 
-    def start(self, *names: str, wait: bool = True) -> Self:
-        return super().start(*names or (PLAIN_NODE,), wait=wait)
+    def start(self, *names: str, wait: bool = True, options: tuple[str, ...] = ()) -> Self:
+        return super().start(*names or (PLAIN_NODE,), wait=wait, options=options)
 
 
 def portals(group: RealGroup, node: str) -> list[tuple[str, int]]:

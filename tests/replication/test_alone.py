@@ -143,8 +143,8 @@ def test_7_a_primary_that_stored_psue_never_replays() -> None:
     host = Host(suspended=int(Pair.PSUE), alone=True, checkpoint=7)
     assert host.phase == "ALONE"
     host.submit()
-    assert host.stored
     host.connect(through=99)
+    assert host.stored
     assert not host.said(Message.REPLAY)
     assert host.said(Message.HELLO)[0]["suspended"]
     assert host.phase == "JOINED"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from blockrepl.bitmap import Bitmap
@@ -96,6 +98,29 @@ def test_24_a_started_primary_goes_alone_when_it_is_told_so() -> None:
     host.tick(0.2)
     assert host.phase == "ALONE"
     assert host.role.state.trusted
+
+
+def test_24_one_that_was_alone_completes_nothing_after_a_restart_before_it_has_met_the_intermediate() -> None:
+    """The secondaries may have taken over while it was down, and the line to them be cut."""
+    host = Host(suspended=int(Pair.PSUE), alone=True)
+    batch = host.submit()
+    host.tick(60.0)
+    assert (host.phase, host.stored, host.role.readable(1, 0, 512)) == ("ALONE", [], True)
+    assert "--alone" in host.role.why_held()
+    host.connect(numbering=False, pair=Pair.PSUE)
+    assert (host.stored, host.role.why_held()) == ([batch], "")
+    host.lose()  # this process has met it, and cannot be fenced
+    later = host.submit()
+    assert host.stored == [batch, later]
+
+
+def test_24_told_so_it_goes_on_and_a_site_that_has_taken_over_need_not_be_told() -> None:
+    told: dict[str, Any] = {"alone_asked": True, "suspended": int(Pair.PSUE)}
+    taken: dict[str, Any] = {"suspended": int(Pair.SSWS), "detached": True}
+    for more in (told, taken):
+        host = Host(alone=True, **more)
+        batch = host.submit()
+        assert host.stored == [batch]
 
 
 def test_22_a_primary_that_met_another_epoch_of_its_number_does_not_go_alone_either() -> None:

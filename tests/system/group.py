@@ -113,9 +113,9 @@ class RealGroup:
             create(self.definition, node)
         return self
 
-    def start(self, *names: str, wait: bool = True) -> Self:
-        """Start nodes (all by default) and wait until they are ready."""
-        started = [processes.start(self.definition, self.node(name)) for name in names or ALL]
+    def start(self, *names: str, wait: bool = True, options: tuple[str, ...] = ()) -> Self:
+        """Start nodes (all by default) and wait until they are ready. ``options``: of `serve`."""
+        started = [processes.start(self.definition, self.node(name), options) for name in names or ALL]
         for each in started:
             assert each.process is not None
             self._processes[each.node.name] = each.process

@@ -194,9 +194,15 @@ def test_with_fence_never_hosts_go_on_alone_and_come_back(make_group: MakeGroup)
     assert group.status("p1")["out_of_sync_bytes"][A] >= BLOCK
     do(group, "pair", "wait", "-s", "PSUE", "-t", LONG)
     group.kill("p1")
-    group.start("p1")
+    group.start("p1", wait=False)
+    wait_for(lambda: _answers(group, "p1"), "p1 answers")
+    told = group.status("p1")
+    assert (told["ready"], "--alone" in told["reason"]) == (False, True)
+    assert group.open(A).read(BLOCK, 4096) == b"b" * 4096
+    group.kill("p1")
+    group.start("p1", options=("--alone",))
     volume = group.open(A)
-    assert volume.read(BLOCK, 4096) == b"b" * 4096
+    volume.write(2 * BLOCK, b"B" * 4096, durable=True)
     group.start("i1", wait=False)
     wait_for(lambda: _answers(group, "i1"), "the intermediate answers")
 
