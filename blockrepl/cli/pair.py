@@ -10,7 +10,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from blockrepl.cli.asking import node_statuses
 from blockrepl.cli.client import call
-from blockrepl.cli.groups import group_pair, group_reason, resync_progress, source_to_ask, target_to_ask
+from blockrepl.cli.groups import group_pair, group_reason, intermediate, resync_progress, source_to_ask, target_to_ask
+from blockrepl.cli.losses import what_is_lost
 from blockrepl.cli.output import bytes_text, console, error_console, print_json
 from blockrepl.cli.targets import File, Json, Target, find
 from blockrepl.definition import Definition, Node, parse_size
@@ -179,14 +180,20 @@ def _intermediate(definition: Definition) -> Node:
 def _swap(definition: Definition, *, verify: bool, dry_run: bool, force: bool, as_json: bool) -> None:
     screen = error_console()
     statuses = node_statuses(definition)
-    if group_pair(statuses) in ("PAIR", "PFUL"):
+    pair = group_pair(statuses)
+    planned = pair in ("PAIR", "PFUL")
+    if not planned and pair != "SSWS" and not force and intermediate(statuses).get("state") == "serving":
+        reason = group_reason(statuses)
+        raise UsageError(
+            f"pair resync --swap is not possible in state {pair}{f' ({reason})' if reason else ''}",
+            hint="in PAIR it loses nothing; how to come there: blockrepl explain",
+        )
+    if planned:
         leader = target_to_ask(definition, statuses)
-        lost = call(leader.directory, "takeover", {"dry_run": True}, timeout_s=SILENCE_S)
-        if not lost.get("drained"):
-            raise UsageError(
-                "a swap loses nothing, but the intermediate does not answer",
-                hint="start it; or take over without it: blockrepl takeover",
-            )
+        lost = call(leader.directory, "takeover", {"dry_run": True, "planned": True}, timeout_s=SILENCE_S)
+        if not lost.get("lossless"):
+            what = "; ".join(what_is_lost(lost))
+            raise UsageError(f"a swap loses nothing, and a takeover now loses {what}", hint="see: blockrepl status")
         if dry_run:
             out = {"schema": 1, "group": definition.name, "dry_run": True, "takeover": lost}
             print_json(out) if as_json else console().print(
@@ -197,9 +204,10 @@ def _swap(definition: Definition, *, verify: bool, dry_run: bool, force: bool, a
         def step(progress: Message) -> None:
             screen.print(f"{leader.name}: {progress.get('step')}")
 
-        call(leader.directory, "takeover", {}, on_progress=step, timeout_s=SILENCE_S)
+        call(leader.directory, "takeover", {"planned": True}, on_progress=step, timeout_s=SILENCE_S)
         statuses = node_statuses(definition)
-    reform(definition, statuses, {"kind": "swap", "verify": verify, "dry_run": dry_run, "force": force}, as_json)
+    asked = {"kind": "swap", "verify": verify, "dry_run": dry_run, "force": force, "planned": planned}
+    reform(definition, statuses, asked, as_json)
 
 
 def reform(definition: Definition, statuses: list[Message], args: Message, as_json: bool) -> None:

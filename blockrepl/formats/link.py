@@ -266,6 +266,7 @@ _bodies: dict[int, Any] = {
         "initial" / Flag,  # an initial copy: there is nothing to go back to
         "end" / Int64ub,  # number of the END that it holds durably, for the copy under way; 0 for none
         "trusted" / Flag,  # its bitmaps say all
+        "alone" / Flag,  # a source: it has completed writes that were never numbered. I: one may have
         "marker" / Int64ub,  # the number of the marker asked for; 0: it is not held, or passed already
         "dirty_bytes" / Int64ub,  # written here and not at the other site, in blocks
     ),
@@ -308,7 +309,7 @@ DEFAULTS: dict[int, dict[str, Any]] = {
     Message.PROMISE: {"reform": False, "marker": ""},
     Message.PROMISED: {
         "direction": 0, "pair": Pair.PAIR, "copying": False, "copy_from": 0, "initial": False, "end": 0,
-        "trusted": True, "marker": 0, "dirty_bytes": 0,
+        "trusted": True, "alone": False, "marker": 0, "dirty_bytes": 0,
     },
     Message.STORED: {"kept_ns": 0, "newest_ns": 0, "whole": False},
     Message.STORE: {

@@ -68,6 +68,7 @@ class DataNode(NodeBase):
             self.target.host.on_source = self._stay_source
             self.target.host.on_target = self._become_target
             self.target.host.role.trusted = lambda: self.source is None or self.source.trusted
+            self.target.host.role.alone = lambda: self.source is not None and self.source.alone
             if self._active:
                 self._become_source()
 
@@ -137,6 +138,8 @@ class DataNode(NodeBase):
             self, self.exports, self._paired, self._images, self._state_file, self._bitmaps,
             self.target.host.role.state, alone=self._alone,
         )  # fmt: skip
+        beside = self.target.host.role
+        self.source.host.role.suspension.bound = lambda: beside.state.promised
         self._verify_run = VerifyRun(self.source.host)
 
     def _activated(self) -> None:
@@ -256,6 +259,7 @@ class DataNode(NodeBase):
                 force=bool(args.get("force")),
                 writable=not args.get("read_only"),
                 marker=str(args.get("marker") or ""),
+                planned=bool(args.get("planned")),
             )
 
     async def _reform(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
@@ -266,7 +270,7 @@ class DataNode(NodeBase):
             )
         asked = question(
             self.definition, self.node, replaced=str(args.get("node") or ""), force=bool(args.get("force")),
-            verify=bool(args.get("verify")),
+            verify=bool(args.get("verify")), planned=bool(args.get("planned")),
         )  # fmt: skip
         run = ReformRun(self.definition, self.node, self.links, self.clock, progress)
         with self._opening(run):

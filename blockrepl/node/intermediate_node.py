@@ -280,7 +280,7 @@ class IntermediateNode(NodeBase):
         self.host.perform(actions)
         self.host.settle()
         pairing = self.host.role.pairing
-        return {"pair": pairing.pair.name, "step": pairing.step.value, "number": self.host.role.numbered}
+        return {"pair": pairing.shown.name, "step": pairing.step.value, "number": self.host.role.numbered}
 
     def status(self) -> dict[str, Any]:
         role, journal = self.host.role, self.host.journal.journal
@@ -297,8 +297,8 @@ class IntermediateNode(NodeBase):
                 "applied": min((s.applied for s in role.streams.by_node.values()), default=0),
                 "checkpoint": role.senders.releasable,
             },
-            "pair": role.pairing.pair.name,
-            "pair_reason": role.pairing.reason,
+            "pair": role.pairing.shown.name,
+            "pair_reason": role.pairing.shown_reason,
             "direction": role.state.direction,
             "suspended_at": role.pairing.suspended_at if role.state.limited else None,
             "resync": self._resync_row(),

@@ -13,7 +13,13 @@ from blockrepl.replication.reform_plan import Question
 
 
 def question(
-    definition: Definition, node: Node, *, replaced: str = "", force: bool = False, verify: bool = False
+    definition: Definition,
+    node: Node,
+    *,
+    replaced: str = "",
+    force: bool = False,
+    verify: bool = False,
+    planned: bool = False,
 ) -> Question:
     """Make ``node``'s site the source. Raises UsageError when a target has no address to be dialled at."""
     direction = node.site
@@ -37,6 +43,7 @@ def question(
         replaced=definition.node(replaced).id if replaced else 0,
         force=force,
         verify=verify,
+        planned=planned,
     )  # fmt: skip
 
 

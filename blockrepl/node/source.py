@@ -136,6 +136,12 @@ class Source:
         role = self.host.role
         return role.state.trusted and (bool(role.state.suspended) or role.trusted)
 
+    @property
+    def alone(self) -> bool:
+        """It has, or may have by now, completed writes without its intermediate that no resync has taken up."""
+        role = self.host.role
+        return role.suspending or (bool(role.state.suspended) and role.state.alone and not role.state.detached)
+
     # role changes
 
     def reform(self, epoch: Epoch, direction: int, done: Callable[[], None]) -> None:

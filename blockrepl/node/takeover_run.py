@@ -14,7 +14,9 @@ from blockrepl.replication.takeover import Phase, Takeover
 class TakeoverRun(OpenerRun):
     """One takeover."""
 
-    async def run(self, *, dry_run: bool, force: bool, writable: bool, marker: str = "") -> dict[str, Any]:
+    async def run(
+        self, *, dry_run: bool, force: bool, writable: bool, marker: str = "", planned: bool = False
+    ) -> dict[str, Any]:
         """Returns the report as the control protocol has it. Raises UsageError when the takeover fails."""
         definition, node = self.definition, self.node
         role = Takeover(
@@ -22,7 +24,7 @@ class TakeoverRun(OpenerRun):
             secondaries=[each.id for each in definition.sources(node.site)],
             names={each.id: each.name for each in definition.nodes}, new_id=lambda: os.urandom(16),
             now_s=self.clock.now_s(), dry_run=dry_run, force=force, writable=writable, marker=marker,
-            fence_never=definition.group.fence == "never",
+            fence_never=definition.group.fence == "never", planned=planned,
         )  # fmt: skip
         await self.play(role)
         if role.phase is not Phase.DONE:

@@ -389,6 +389,17 @@ class Intermediate:
             for sender in self.senders.by_node.values() if sender.node not in excluded
         )  # fmt: skip
 
+    @property
+    def uncertain(self) -> list[int]:
+        """Primaries that may have gone on alone, or say so: what they completed then, nobody else has (rule 16)."""
+        if not self.policy.fence_never:
+            return []
+        oldest = max(0, self._boot_ns - int(self.policy.lease_s * 1e9))
+        senders = [each for node, each in self.senders.by_node.items() if node not in self.state.excluded]
+        # One that was welcomed has been taken into account: the pair is in PSUE until a resync has taken it back.
+        said = [each for each in senders if each.suspended and not each.live]
+        return [each.node for each in senders if not each.link or each.echo_ns <= oldest or each in said]
+
     def _number_waiting(self, now_s: float) -> list[Action]:
         """Batches that waited for leases, or for a resync to begin."""
         actions: list[Action] = []
@@ -418,9 +429,10 @@ class Intermediate:
         raw = name.encode()
         if not raw or len(raw) > MAX_MARKER_BYTES or not name.isprintable():
             raise UsageError(f"a marker's name has 1 to {MAX_MARKER_BYTES} bytes of printable text", hint="shorten it")
-        if self.opening.phase is not Phase.SERVING or not self.state.numbering or self.state.pair != Pair.PAIR:
+        fit = self.pairing.shown in (Pair.PAIR, Pair.PFUL)
+        if self.opening.phase is not Phase.SERVING or not self.state.numbering or not fit:
             raise UsageError(
-                f"no marker can be put in state {self.pairing.pair.name}: it would not reach the secondaries in order",
+                f"no marker can be put in state {self.pairing.shown.name}: it would not reach the secondaries in order",
                 hint="blockrepl pair wait -s PAIR -t 60",
             )
         streams = list(self.streams.by_node.values())

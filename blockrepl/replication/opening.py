@@ -76,6 +76,7 @@ class Opening:
         self._reports: dict[int, dict[str, Any]] = {}  # secondary → its WELCOME, with "link"
         self._answers: set[int] = set()
         self._open_at_s = 0.0
+        self._certain_by_s = 0.0
         self.opener_waits = 0  # the opener's link, while it waits for the drain
         self._asked: Epoch = NO_EPOCH
         self._store: tuple[int, dict[str, Any]] | None = None  # STORE(reform) that waits: link, fields
@@ -449,7 +450,9 @@ class Opening:
     def _freeze(self, now_s: float, why: str) -> list[Action]:
         self._go("freeze")
         self.reason = why
-        self._open_at_s = now_s + self._owner.policy.open_backoff_s
+        policy = self._owner.policy
+        self._open_at_s = now_s + policy.open_backoff_s
+        self._certain_by_s = now_s + min(policy.lease_s, policy.open_backoff_s / 2)
         return [Event(f"frozen: {why}")]
 
     def _promise_is_durable(self, link: int, epoch: Epoch, now_s: float) -> list[Action]:
@@ -467,6 +470,8 @@ class Opening:
         # Suspended, or between START and END, there is nothing to drain to: the secondaries stay where they are.
         if not owner.pairing.undrainable and not owner.streams.drained(owner.numbered):
             return []
+        if owner.uncertain and now_s < self._certain_by_s:  # one that was sent away just now is heard of again soon
+            return []
         link, self.opener_waits = self.opener_waits, 0
         self._open_at_s = now_s + owner.policy.open_backoff_s
         return [Send(link, [self._promised(owner.state.promised)])]
@@ -476,12 +481,14 @@ class Opening:
         return encode(
             Message.PROMISED, owner.state.epoch.number, epoch=epoch, stored=owner.state.epoch, held=owner.numbered,
             validated=owner.streams.validated, applied=0, active=False, number=0, members=[],
-            numbered=owner.numbered, direction=owner.state.direction, pair=owner.pairing.pair,
-            dirty_bytes=owner.pairing.out_of_sync_bytes(),
+            numbered=owner.numbered, direction=owner.state.direction, pair=owner.pairing.shown,
+            dirty_bytes=owner.pairing.out_of_sync_bytes(), alone=bool(owner.uncertain),
         )  # fmt: skip
 
     def tick(self, now_s: float) -> list[Action]:
         """After the back-off, a promise that led nowhere is superseded: a failed attempt must not stop production."""
         if self.phase is Phase.FROZEN and now_s >= self._open_at_s:
             return self._start_over(now_s - self._owner.policy.open_backoff_s, "the takeover led nowhere")
+        if self.phase is Phase.FROZEN and self.opener_waits:
+            return self.drained(now_s)
         return self._consider(now_s)

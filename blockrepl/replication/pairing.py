@@ -156,6 +156,23 @@ class Pairing:
         return Pair.PFUL if pair is Pair.PAIR and self.high_water else pair
 
     @property
+    def shown(self) -> Pair:
+        """The state that an operator acts on: PSUE also while a primary may have gone on alone, and has not said so.
+
+        An intermediate that was just started does not know; the roles go by ``pair`` until they are told.
+        """
+        whole = self.pair in (Pair.PAIR, Pair.PFUL, Pair.COPY)
+        return Pair.PSUE if whole and self._owner.uncertain else self.pair
+
+    @property
+    def shown_reason(self) -> str:
+        """Why it is in that state."""
+        return self.reason if self.shown is self.pair else f"{self._uncertain()} may have gone on alone"
+
+    def _uncertain(self) -> str:
+        return ", ".join(f"primary {node}" for node in self._owner.uncertain)
+
+    @property
     def holds(self) -> bool:
         """Batches wait: the STARTs are to be numbered first."""
         return self.machine.state is Step.STARTING
@@ -218,6 +235,11 @@ class Pairing:
             raise UsageError(
                 f"{command} is not possible while the intermediate is {self._owner.phase.value}",
                 hint="see: blockrepl status",
+            )
+        if self.shown is not pair and pair is not Pair.COPY:
+            raise UsageError(
+                f"{command} is not possible in state {self.shown.name}: {self.shown_reason}",
+                hint="it must be heard of first: start it; one that is dead for good: blockrepl node exclude",
             )
         if pair not in allowed:
             raise UsageError(f"{command} is not possible in state {pair.name}", hint=first or COMES_FIRST[pair])

@@ -219,7 +219,7 @@ class Primary:
     @property
     def may_go_alone(self) -> bool:
         """Where "suspend" leads on from, once the link is gone."""
-        return self.machine.state in FOLLOWING and not self.suspension.reforming
+        return self.machine.state in FOLLOWING and not (self.suspension.reforming or self.suspension.promised)
 
     @property
     def failing(self) -> bool:
@@ -603,4 +603,6 @@ class Primary:
             return "" if self.state.alone else f"suspended ({Pair(self.state.suspended).name}): blockrepl pair resync"
         if self.fenced and self.machine.state is not Phase.FAILED:
             return f"fenced: epoch {self.state.promised.number} exists, this side works in {self.state.epoch.number}"
+        if self.suspension.promised:
+            return f"epoch {self.suspension.bound().number} was promised to a swap or replacement: it has not ended"
         return self.refusal or "the intermediate cannot be reached (fence data)"

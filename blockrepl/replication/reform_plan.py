@@ -50,12 +50,13 @@ class Question:
     replaced: int = 0
     force: bool = False
     verify: bool = False
+    planned: bool = False  # a swap of a pair in order: nothing that was completed may be given up
 
 
 def plan(question: Question, data: Promises, intermediate: dict[str, Any]) -> Plan | Refused:
     """The plan, or what forbids it."""
     refused = _split_brain(question, data, intermediate) or _sources_refused(question, data)
-    refused = refused or _nothing_to_do(question, data, intermediate)
+    refused = refused or _alone_refused(question, data) or _nothing_to_do(question, data, intermediate)
     if refused is None and question.replaced:
         refused = _replaced_refused(question, data, intermediate)
     if refused is not None:
@@ -123,6 +124,17 @@ def _sources_refused(question: Question, data: Promises) -> Refused | None:
             "run it there; --force makes this side the source, and gives up what was written there",
         )
     return None
+
+
+def _alone_refused(question: Question, data: Promises) -> Refused | None:
+    """A planned swap loses nothing; what a primary completed alone in the meantime, it would."""
+    alone = [node for node in question.targets if data[node]["active"] and data[node]["alone"]]
+    if not alone or not question.planned:
+        return None
+    return Refused(
+        f"{_name(question, alone)} has gone on alone meanwhile: the site that took over lacks what it completed",
+        "both sites are as they are: `blockrepl explain` lists those writes, and the two ways on",
+    )
 
 
 def _nothing_to_do(question: Question, data: Promises, intermediate: dict[str, Any]) -> Refused | None:

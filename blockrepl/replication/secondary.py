@@ -68,6 +68,7 @@ class Secondary:
         self.numbered_seen = state.prepared
         self.bitmaps = bitmaps or {}
         self.trusted: Callable[[], bool] = lambda: True  # whether those say all
+        self.alone: Callable[[], bool] = lambda: False  # a source: whether it completed writes that nobody numbered
         self.epochs = Epochs(self)
         self.copying = Copying(self)
         self.splitting = Splitting(self)

@@ -134,8 +134,8 @@ class Epochs:
             number=state.number, members=state.members, numbered=max(owner.numbered_seen, owner.held),
             direction=state.direction, pair=state.pair, copying=copy is not None,
             copy_from=copy.copy_from if copy else 0, initial=copy is not None and copy.initial,
-            end=copy.end if copy else 0, trusted=owner.trusted(), marker=owner.marker(marker),
-            dirty_bytes=owner.dirty_bytes,
+            end=copy.end if copy else 0, trusted=owner.trusted(), alone=state.active and owner.alone(),
+            marker=owner.marker(marker), dirty_bytes=owner.dirty_bytes,
         )  # fmt: skip
 
     # stores

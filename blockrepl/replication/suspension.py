@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from blockrepl.block import WriteBatch
-from blockrepl.formats.link import Epoch, Pair
+from blockrepl.formats.link import NO_EPOCH, Epoch, Pair
 from blockrepl.replication.actions import Action, Event, FailBatch, Reformed, StoreBatch
 from blockrepl.replication.alone import Solo
 
@@ -31,6 +31,12 @@ class Suspension:
         self._started_s: float | None = None
         self._tick_s = 0.0
         self.reforming = False
+        self.bound: Callable[[], Epoch] = lambda: NO_EPOCH  # what the node beside it has promised
+
+    @property
+    def promised(self) -> bool:
+        """A reform has its node's promise, which said whether it was alone: that must stay true (rule 24)."""
+        return self.bound().number > self._owner.state.epoch.number
 
     @property
     def completes(self) -> bool:
@@ -66,7 +72,7 @@ class Suspension:
         actions = owner.drop_link("suspended again") if owner.rejoining else []
         if owner.state.suspended or owner.suspending:
             return actions
-        if owner.policy.fence_never and not owner.fenced and owner.serving:
+        if owner.policy.fence_never and not owner.fenced and owner.serving and not self.promised:
             return [*actions, *self.go_alone(f"the group is suspended at {number}")]
         owner.queue.rewind()
         return [*actions, Event(f"{owner.pair.name}: nothing is numbered any more; writes wait for a resync")]

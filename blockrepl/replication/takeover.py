@@ -45,6 +45,7 @@ TABLE: dict[tuple[Phase, str], Phase] = {
     **{(phase, "fail"): Phase.FAILED for phase in Phase},
 }
 OPEN = frozenset({Phase.GREETING, Phase.DRAINING, Phase.PROMISING, Phase.STORING, Phase.ACTIVATING})
+PLANNED_HINT = "see: blockrepl status; to take over all the same: blockrepl takeover --dry-run says what that loses"
 MAX_TRIES = 5  # at a number above everybody's
 
 
@@ -70,8 +71,10 @@ class Takeover:
         writable: bool = True,
         marker: str = "",
         fence_never: bool = False,
+        planned: bool = False,
         patience_s: float = 15.0,
     ) -> None:
+        """``planned``: the beginning of a swap, which loses nothing or is not done."""
         self.calls = Calls(group, node, name, LinkRole.OPENER, [intermediate, *secondaries])
         self.intermediate = intermediate
         self.secondaries = secondaries
@@ -85,6 +88,7 @@ class Takeover:
         self._writable = writable
         self._marker = marker
         self._fence_never = fence_never
+        self._planned = planned
         self._patience_s = patience_s
         self._deadline_s = now_s + patience_s
         self._answers: dict[int, dict[str, Any]] = {}
@@ -123,6 +127,8 @@ class Takeover:
         if self.phase is Phase.GREETING:
             return self._greeted(now_s)
         if node == self.intermediate:
+            if self.phase is Phase.DRAINING and self._planned:
+                return self._fail("a swap loses nothing, but the intermediate went away", PLANNED_HINT)
             if self.phase is Phase.DRAINING:
                 return [Event("the intermediate went away while draining"), *self._promise("promise", now_s)]
             return self._counted(None) if self._counting else []
@@ -174,6 +180,8 @@ class Takeover:
             self.machine.go("drain")
             text = "asking the intermediate" if self.report.dry_run else "freezing and draining the intermediate"
             return [Event(text), *self._ask_promise([self.intermediate])]
+        if self._planned:
+            return self._fail("a swap loses nothing, but the intermediate does not answer", PLANNED_HINT)
         self.report.alone = self._fence_never
         actions: list[Action] = [Event(f"without the intermediate ({self.calls.silent[self.intermediate]})")]
         return actions + self._promise("promise", now_s)
@@ -194,7 +202,10 @@ class Takeover:
                 return []
             if fields["epoch"] != self._epoch and not self.report.dry_run:
                 return self._higher(fields["epoch"], [node], now_s)
-            return [Event(self._drained(fields)), *self._promise("promise", now_s)]
+            told = self._drained(fields)
+            if self._planned and not self.report.drained:
+                return self._fail(f"a swap loses nothing, but {told}", PLANNED_HINT)
+            return [Event(told), *self._promise("promise", now_s)]
         binding = not (self.report.dry_run or fields["active"])
         late = binding and fields["epoch"].number < self._epoch.number  # an answer to an epoch that we gave up
         if self.phase is not Phase.PROMISING or late:
@@ -211,7 +222,7 @@ class Takeover:
         whole = report.dry_run or fields["validated"] >= fields["held"]
         report.drained = whole and pair in (Pair.PAIR, Pair.PFUL, Pair.COPY)
         report.out_of_sync_bytes = fields["dirty_bytes"]
-        report.alone = pair is Pair.PSUE
+        report.alone = fields["alone"] or pair is Pair.PSUE
         if not report.drained:
             return f"the intermediate is frozen at {fields['held']}, but the pair is in {pair.name}"
         return f"the intermediate {'would be' if report.dry_run else 'is'} drained at {fields['held']}"
@@ -246,6 +257,8 @@ class Takeover:
             self.report.members = sorted(answers)
             if refusal := self._choose():
                 return self._fail(*refusal)
+            if self._planned and not self.report.drained:
+                return self._fail("a swap loses nothing, but a copy has not ended", PLANNED_HINT)
         report = self.report
         report.epoch, report.epoch_id = self._store_epoch.number, self._store_epoch.id.hex()
         self.machine.go("store")

@@ -95,7 +95,7 @@ def test_a_planned_swap_takes_over_first_and_only_where_nothing_is_lost(group: F
     run("up", group.path)
     refused = run("pair", "resync", "--swap", group.path)
     assert (refused.code, "loses nothing" in refused.err) == (2, True)
-    assert group.requests("s1") == [["takeover", {"dry_run": True}]]
+    assert group.requests("s1") == [["takeover", {"dry_run": True, "planned": True}]]
     assert group.requests("p1") == []
 
 
@@ -112,7 +112,20 @@ def test_a_swap_is_led_by_the_newest_source(group: FakeGroup, run: Run) -> None:
     result = run("pair", "resync", "--swap", "--verify", group.path)
     assert result.out.startswith("demo: s1, s2 copy to p1, p2, above number 81, epoch 6\n")
     assert "64 KiB" in result.out
-    assert group.requests("s2") == [["reform", {"kind": "swap", "verify": True, "dry_run": False, "force": False}]]
+    asked = {"kind": "swap", "verify": True, "dry_run": False, "force": False, "planned": False}
+    assert group.requests("s2") == [["reform", asked]]
+
+
+def test_a_swap_of_a_pair_that_is_not_in_order_is_refused_in_words(group: FakeGroup, run: Run) -> None:
+    """Nobody has taken over: it would give up what the primaries completed alone."""
+    group.plan("i1", status=middle(pair="PSUE", pair_reason="primary 1 may have gone on alone"))
+    group.plan("p1", status=source())
+    group.plan("s1", status=target())
+    run("up", group.path)
+    refused = run("pair", "resync", "--swap", group.path)
+    assert refused.code == 2
+    assert "not possible in state PSUE (primary 1 may have gone on alone)" in refused.err
+    assert (group.requests("p1"), group.requests("s1")) == ([], [])
 
 
 def test_force_belongs_to_a_swap(group: FakeGroup, run: Run) -> None:

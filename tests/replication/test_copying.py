@@ -270,6 +270,12 @@ def test_25_a_target_brings_its_images_to_its_number_before_it_forgets_its_journ
     assert role.phase is Phase.FOLLOWING
 
 
+def test_25_a_source_says_with_its_promise_that_it_was_alone() -> None:
+    role = secondary(epoch=ONE, promised=ONE, active=True, number=4, held=4, prepared=4)
+    role.alone = lambda: True
+    assert _promise(role, reform=True)["alone"]
+
+
 TARGET = {"truncate": False, "reform": True, "source": False, "direction": 1}
 
 

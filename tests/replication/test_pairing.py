@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -36,6 +37,8 @@ from tests.replication.roles import (
     P2,
     S1,
     S2,
+    TWO,
+    arrives,
     hello,
     messages,
     raw_batch,
@@ -291,6 +294,85 @@ def test_without_fresh_echoes_of_every_primary_nothing_is_numbered() -> None:
             break
     assert group.pair.name == "PSUE"
     assert Message.SUSPEND in kinds(sent)
+
+
+def hear(group: Group, *nodes: int) -> None:
+    """Primaries echo what the intermediate stamped just now."""
+    for node in nodes:
+        beat = {"stamp_ns": 1, "echo_ns": group.boot_ns, "numbered": 0, "validated": 0, "applied": 0, "credit": 0}
+        group.do(group.role.received(LINKS[node], Message.HEARTBEAT, {**beat, "pair": 2}, group.now_s))
+    group.do(group.role.tick(group.now_s, group.boot_ns))
+
+
+def asked_to_promise(group: Group, *, dry_run: bool = False) -> list[dict[str, Any]]:
+    """A takeover asks; what it is answered at once."""
+    group.do(group.role.accepted(9, hello(LinkRole.OPENER, S1, MID), group.now_s))
+    promise = arrives(Message.PROMISE, epoch=TWO, dry_run=dry_run)
+    return promises(group.do(group.role.received(9, Message.PROMISE, promise, group.now_s)))
+
+
+def promises(sent: list[tuple[int, int, dict[str, Any]]]) -> list[dict[str, Any]]:
+    return [fields for _, kind, fields in sent if kind == Message.PROMISED]
+
+
+def test_16_a_started_intermediate_says_psue_until_every_primary_was_heard_of() -> None:
+    """One may have gone on alone while it was down: nothing is drained, split or swapped, and nothing is PAIR."""
+    group = Group(Policy(fence_never=True, lease_s=3.0))
+    group.join()
+    hear(group, P1)
+    assert (group.pair.name, group.role.pairing.shown.name) == ("PAIR", "PSUE")
+    assert group.role.pairing.shown_reason == "primary 2 may have gone on alone"
+    commands: list[Callable[[], Any]] = [
+        lambda: group.role.pairing.split(writable=False, now_s=0.0), lambda: group.role.pairing.resync(now_s=0.0),
+        lambda: group.role.put_marker("m"),
+    ]  # fmt: skip
+    for command in commands:
+        with pytest.raises(UsageError, match="in state PSUE"):
+            command()
+    [dry] = asked_to_promise(group, dry_run=True)
+    assert (dry["pair"], dry["alone"]) == (Pair.PSUE, True)
+    hear(group, P2)
+    assert group.role.pairing.shown.name == "PAIR"
+    group.do(group.role.lost(LINKS[P2], 0.0))
+    group.do(group.role.accepted(LINKS[P2], hello(LinkRole.PRIMARY, P2, MID), 0.0))
+    assert group.role.pairing.shown.name == "PSUE", "a new connection has echoed nothing"
+
+
+def test_16_who_says_that_it_was_alone_counts_until_it_is_welcomed_and_no_longer() -> None:
+    group = Group(Policy(fence_never=True, lease_s=3.0))
+    group.join()
+    hear(group, P1, P2)
+    group.do(group.role.lost(LINKS[P2], 0.0))
+    asked_to_promise(group)  # nobody is welcomed now
+    group.do(group.role.accepted(LINKS[P2], hello(LinkRole.PRIMARY, P2, MID, suspended=True), 0.0))
+    hear(group, P2)
+    assert group.role.uncertain == [P2]
+    group.role.senders.by_node[P2].live = True
+    assert group.role.uncertain == []
+
+
+def test_16_a_takeover_is_answered_when_a_primary_that_was_sent_away_was_heard_of_again() -> None:
+    group = Group(Policy(fence_never=True, lease_s=3.0))
+    group.join()
+    hear(group, P1, P2)
+    group.do(group.role.lost(LINKS[P2], 0.0))
+    assert asked_to_promise(group) == []
+    group.do(group.role.accepted(LINKS[P2], hello(LinkRole.PRIMARY, P2, MID), 0.0))
+    before = len(group.sent)
+    hear(group, P2)
+    [told] = promises(group.sent[before:])
+    assert (told["pair"], told["alone"]) == (Pair.PAIR, False)
+
+
+def test_16_or_soon_when_it_is_not_and_then_nothing_is_called_drained() -> None:
+    group = Group(Policy(fence_never=True, lease_s=3.0))
+    group.join()
+    hear(group, P1, P2)
+    group.do(group.role.lost(LINKS[P2], 0.0))
+    assert asked_to_promise(group) == []
+    group.now_s = 3.1
+    [told] = promises(group.do(group.role.tick(group.now_s, group.boot_ns)))
+    assert (told["pair"], told["alone"]) == (Pair.PSUE, True)
 
 
 def test_an_excluded_primary_is_not_waited_for_and_is_turned_away() -> None:

@@ -19,7 +19,7 @@ def said(epoch: Epoch = OLD, **more: Any) -> dict[str, Any]:
     return {
         "stored": epoch, "held": 90, "validated": 80, "applied": 80, "number": 0, "numbered": 95, "active": False,
         "direction": 0, "copying": False, "copy_from": 0, "initial": False, "end": 0, "trusted": True,
-        "dirty_bytes": 0, "members": [], **more,
+        "dirty_bytes": 0, "members": [], "alone": False, **more,
     }  # fmt: skip
 
 
@@ -170,3 +170,10 @@ def test_targets_at_the_end_of_an_initial_copy_have_an_image_to_go_back_to() -> 
     assert not made(replace(I1), data, said(NO_EPOCH, held=0)).initial
     data[S1]["end"] = data[S2]["end"] = 0
     assert made(replace(I1), data, said(NO_EPOCH, held=0)).initial
+
+
+def test_a_planned_swap_gives_up_nothing_that_a_primary_completed_alone_in_the_meantime() -> None:
+    found = refused(swap(planned=True), *after_takeover(p2={"alone": True}))
+    assert "p2 has gone on alone meanwhile" in found.problem
+    assert made(swap(planned=True), *after_takeover()).direction == 1
+    assert made(swap(), *after_takeover(p2={"alone": True})).direction == 1, "after a takeover an operator gives it up"

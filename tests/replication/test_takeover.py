@@ -198,11 +198,15 @@ def drained(role: Takeover, **fields: Any) -> None:
     role.received(MID, Message.PROMISED, answer(**fields), 0.0)
 
 
-def with_intermediate(**fields: Any) -> Takeover:
-    role = Takeover(
+def opening_a_swap(*, planned: bool = True) -> Takeover:
+    return Takeover(
         group=GROUP, node=S1, name="s1", intermediate=MID, secondaries=[S1, S2], names=NAMES, new_id=lambda: OURS.id,
-        now_s=0.0,
+        now_s=0.0, planned=planned,
     )  # fmt: skip
+
+
+def with_intermediate(*, planned: bool = False, **fields: Any) -> Takeover:
+    role = opening_a_swap(planned=planned)
     drained(role, **fields)
     return role
 
@@ -232,3 +236,38 @@ def test_what_hosts_wrote_at_a_split_is_told() -> None:
     role = opener(dry_run=True)
     promised(role, answer(held=50, dirty_bytes=65536), answer(held=50, dirty_bytes=131072))
     assert role.report.split_bytes == 196608
+
+
+@pytest.mark.parametrize(
+    "told",
+    [{"pair": Pair.PSUE}, {"pair": Pair.PSUS}, {"validated": 59}, None],
+    ids=["alone", "split", "behind", "lost"],
+)
+def test_a_takeover_that_begins_a_swap_ends_before_a_secondary_has_promised_where_it_may_lose_something(
+    told: dict[str, Any] | None,
+) -> None:
+    role = with_intermediate(held=60, **{"validated": 60, **told}, planned=True) if told else drained_away()
+    assert (role.phase, "a swap loses nothing" in role.problem) == (Phase.FAILED, True)
+
+
+def drained_away() -> Takeover:
+    """The beginning of a swap whose intermediate dies before it has promised."""
+    role = opening_a_swap()
+    role.connected(MID, MID, bytes(16))
+    role.received(MID, Message.WELCOME, welcome(), 0.0)
+    greeted(role)
+    assert role.phase is Phase.DRAINING
+    role.lost(MID, 1.0)
+    return role
+
+
+def test_a_swap_is_not_begun_without_the_intermediate() -> None:
+    role = opening_a_swap()
+    role.unreachable(MID, "refused", 0.0)
+    greeted(role)
+    assert (role.phase, "a swap loses nothing" in role.problem) == (Phase.FAILED, True)
+
+
+def test_a_swap_whose_secondaries_are_all_brought_up_goes_on() -> None:
+    role = with_intermediate(held=60, validated=60, planned=True)
+    assert promised(role, answer(held=60, validated=60), answer(held=60, validated=60)) == 60

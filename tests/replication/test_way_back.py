@@ -490,6 +490,20 @@ def test_25_it_does_not_go_alone_while_it_is_formed_anew() -> None:
     assert (host.phase, host.log[-1]) == ("ALONE", "reformed")
 
 
+def test_24_who_has_promised_a_reform_does_not_go_alone_any_more_until_it_is_welcomed_in_its_epoch() -> None:
+    """It said with its promise that it was not alone, and the swap goes by that."""
+    host = detached()
+    host.role.suspension.bound = lambda: FIVE
+    host.get(Message.SUSPEND, pair=Pair.PSUE, number=3)
+    assert host.phase == "LIVE"
+    batch = host.submit()
+    host.lose()
+    host.tick(20.0)
+    assert (host.phase, host.stored, "epoch 5" in host.role.why_held()) == ("DETACHED", [], True)
+    host.connect(epoch=FIVE, numbering=False, pair=Pair.PSUE)
+    assert (host.phase, host.stored) == ("ALONE", [batch])
+
+
 def test_25_a_resync_of_the_old_group_that_was_about_to_begin_does_not_begin_in_the_new() -> None:
     for held in (SaveBits, SyncVolumes, SaveState):
         host = alone()

@@ -217,6 +217,35 @@ def test_with_fence_never_hosts_go_on_alone_and_come_back(make_group: MakeGroup)
     assert group.differing() == []
 
 
+def test_a_swap_does_not_give_up_what_a_primary_completed_alone_that_nobody_has_heard_of(make_group: MakeGroup) -> None:
+    """The intermediate was restarted, and was in PAIR when it stopped."""
+    group = make_group(sizes=SMALL, keys='fence = "never"', policy="lease_s = 0.5").create().start()
+    volume = group.open(A)
+    volume.write(0, b"a" * BLOCK, durable=True)
+    group.settle()
+    group.kill("i1")
+    volume.write(BLOCK, b"alone".ljust(4096), durable=True)
+    group.signal("p1", signal.SIGSTOP)
+    group.start("i1", wait=False)
+    wait_for(lambda: (_answers(group, "i1") or {}).get("state") == "serving", "the intermediate serves")
+    told = group.status("i1")
+    assert (told["pair"], "may have gone on alone" in told["pair_reason"]) == ("PSUE", True)
+    dry = call(group.node("s1").directory, "takeover", {"dry_run": True}, timeout_s=120)
+    assert (dry["lossless"], dry["alone"]) == (False, True)
+    refused = do(group, "pair", "resync", "--swap", code=2)
+    assert "not possible in state PSUE" in refused.stderr
+    with pytest.raises(UsageError, match="a swap loses nothing"):  # whoever asks past the command line
+        call(group.node("s1").directory, "takeover", {"planned": True}, timeout_s=120)
+    group.signal("p1", signal.SIGCONT)
+    wait_for(lambda: "gone on alone" in group.status("i1")["pair_reason"], "p1 has said so")
+    wait_for(lambda: group.cli("pair", "resync").returncode == 0, "all are connected")
+    paired(group)
+    do(group, "pair", "resync", "--swap")
+    paired(group)
+    assert group.open(A, secondary=True).read(BLOCK, 4096) == b"alone".ljust(4096)
+    assert group.differing() == []
+
+
 def test_a_secondary_that_was_lost_is_replaced_by_an_empty_one(make_group: MakeGroup) -> None:
     group = make_group(sizes=SMALL).create().start()
     volume = group.open(A)
