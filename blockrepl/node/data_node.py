@@ -145,7 +145,12 @@ class DataNode(NodeBase):
     def _activated(self) -> None:
         """Taken over, or not turned into a target after all: hosts may use the volumes."""
         if self.source is None or self.source.host.retired:
-            self._become_source()
+            try:
+                self._become_source()
+            except StorageError as error:  # active it is, durably: the next process serves
+                assert self.target is not None
+                self.target.host.fail(str(error))
+                return
         assert self.source is not None
         self.source.start()
         self.source.publish()

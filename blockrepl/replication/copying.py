@@ -303,12 +303,15 @@ class Copying:
         return [DropUndo()]
 
     def reform(self, number: int, *, initial: bool) -> None:
-        """This node holds ``number`` now, and copies from it. The caller saves the state."""
+        """This node holds ``number`` now, and copies from it. The caller saves the state.
+
+        ``initial``: what it holds is no number's content, that of ``number`` neither.
+        """
         state = self._owner.state
         if not (state.copying and not initial):  # else the undo file that there is leads back to ``number``
             state.start = number
-        state.copying, state.copy_from, state.initial, state.end = True, number, initial, 0
+        state.copying, state.copy_from, state.initial, state.end = True, 0 if initial else number, initial, 0
         self.machine.go("reform")
         self.spans.clear()
-        self.spans.append(Span(state.start, number, initial))
+        self.spans.append(Span(state.start, state.copy_from, initial))
         self._asked = number

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from blockrepl.definition import Definition, load
-from blockrepl.errors import UsageError
+from blockrepl.errors import StorageError, UsageError
 from blockrepl.formats.link import Epoch, Message, Pair
 from blockrepl.formats.state import PrimaryState, SecondaryState, encode_primary, encode_secondary
 from blockrepl.node.create import create, journal_identity, state_identity
@@ -77,6 +77,19 @@ def test_what_was_written_alone_since_the_takeover_is_kept_at_a_restart(definiti
     assert node.source is not None
     assert node.source.host.role.state.suspended == int(Pair.PSUE)
     assert not node.source.host.role.state.detached
+
+
+def test_a_state_that_cannot_be_stored_stops_a_node_that_has_just_taken_over(definition: Definition) -> None:
+    """It is active, durably, and serves nothing: the next process does."""
+    node = opened(definition, "s1", None, PrimaryState())
+    assert node.target is not None
+    node.target.host.role.state.active = True
+    node._state_file.failed = StorageError("cannot write state: no space left")
+    node._activated()
+    assert node.source is None
+    assert (node.target.host.role.phase.value, node.target.host.role.reason) == (
+        "failed", "cannot write state: no space left"
+    )  # fmt: skip
 
 
 def test_a_swap_needs_an_address_of_every_node(definition: Definition) -> None:

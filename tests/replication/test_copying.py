@@ -12,6 +12,7 @@ from blockrepl.formats.link import LinkRole, Message
 from blockrepl.formats.record import RecordFlag, RecordKind, control_record, decode_record, number_record
 from blockrepl.replication.actions import Action, Apply, Truncate
 from blockrepl.replication.secondary import Phase
+from blockrepl.replication.takeover_report import between
 from tests.replication.roles import GROUP, MID, ONE, S1, S2, THREE, TWO, arrives, hello, numbered, one, secondary, words
 
 JUMP, INITIAL = int(RecordFlag.JUMP), int(RecordFlag.INITIAL)
@@ -333,6 +334,17 @@ def test_25_a_source_that_becomes_a_target_stops_its_hosts_first() -> None:
     actions = finish(role, finish(role, actions))
     assert words(actions) == ["Forget"]
     assert (role.phase, role.state.active, role.state.initial) == (Phase.FOLLOWING, False, True)
+
+
+def test_25_formed_anew_with_nothing_to_go_back_to_it_is_at_no_number_before_any_record_came() -> None:
+    """What it holds stands for no number of the group: a takeover then is one of an initial copy."""
+    role = secondary(epoch=ONE, promised=ONE, number=4, held=4, prepared=4, applied=4)
+    _promise(role, reform=True)
+    reform = {"truncate": False, "reform": True, "source": False, "initial": True, "direction": 1}
+    finish(role, finish(role, _store(role, 100, **reform)))
+    answer = _promise(role, THREE)
+    assert (answer["held"], answer["initial"]) == (100, True)
+    assert between(answer, 100)
 
 
 def test_25_a_reform_that_another_one_overtook_leaves_a_source_serving() -> None:

@@ -530,6 +530,19 @@ def test_a_digest_in_flight_when_it_went_alone_is_not_sent_later() -> None:
     assert not host.batches
 
 
+def test_3_a_write_does_not_overtake_those_held_by_a_fence_while_the_epoch_is_being_stored() -> None:
+    host = alone()
+    host.connect(numbering=False)
+    host.get(Message.REFUSED, code=5, epoch=TWO, promised=TWO, text="a higher epoch")
+    old = host.submit(offset=0)
+    host.holds = {SaveState}
+    host.connect(epoch=TWO, promised=TWO, numbering=False)
+    new = host.submit(offset=0)
+    assert not host.stored
+    host.let_go()
+    assert host.stored == [old, new]
+
+
 def test_22_a_resync_right_behind_a_welcome_waits_until_its_epoch_is_stored() -> None:
     host = alone()
     host.submit()
