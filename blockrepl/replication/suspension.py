@@ -183,6 +183,9 @@ class Suspension:
         trusted = state.trusted and (bool(state.suspended) or owner.trusted)
 
         def bits_saved(now_s: float) -> list[Action]:
+            return [owner.sync_volumes(synced)]  # it never replays any more: the old journal is history
+
+        def synced(now_s: float) -> list[Action]:
             state.epoch, state.promised, state.direction = epoch, max(state.promised, epoch), direction
             state.suspended, state.alone, state.detached = state.suspended or int(Pair.PSUE), alone, False
             state.incarnation += 1

@@ -379,7 +379,7 @@ def test_25_formed_anew_it_is_suspended_with_the_bits_of_what_the_others_may_lac
     open_ = host.submit(offset=2 * BLOCK)
     host.log.clear()
     host.do(host.role.suspension.reform(Epoch(5, b"5" * 16), 0))
-    assert host.log == ["close", "bits", "state", "reformed"]
+    assert host.log == ["close", "bits", "sync", "state", "reformed"], "17: it never replays any more"
     assert Bitmap(SIZE, BLOCK, host.durable_bits[1]).count == 2
     state = host.role.state
     assert (state.suspended, state.epoch.number, state.incarnation, state.alone) == (Pair.PSUE, 5, 2, False)
