@@ -11,7 +11,7 @@ from tests.sim.bugs import NAMES, by_name, options_for
 from tests.sim.campaign import campaign
 from tests.sim.case import Case, Failure
 from tests.sim.group import Options
-from tests.sim.plan import KINDS, PAIR_STORIES, STORIES
+from tests.sim.plan import KINDS, PAIR_STORIES, SITES_STORIES, STORIES
 from tests.sim.shrink import Shrinker
 
 
@@ -44,7 +44,7 @@ def parse() -> argparse.Namespace:
     one = parser.add_argument_group("what a run is; drawn from the seed where not given")
     add = one.add_argument
     add("--seconds", type=float, default=Options.seconds, help="simulated seconds with faults (8)")
-    add("--story", choices=sorted({*STORIES, *PAIR_STORIES}))
+    add("--story", choices=sorted({*STORIES, *PAIR_STORIES, *SITES_STORIES}))
     add("--threads", type=int, help="hosts' threads")
     add("--volumes", type=int, choices=[1, 2, 3])
     add("--ring", type=int, metavar="BYTES", help="the intermediate's ring")

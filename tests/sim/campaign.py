@@ -34,9 +34,10 @@ class Tally:
         if isinstance(outcome, Failure):
             self.failures.append((case, outcome))
             return
-        for name in ("steps", "records", "completions", "errors", "faults", "trials", "digests"):
+        for name in ("steps", "records", "completions", "errors", "faults", "trials", "digests", "swaps",
+                     "replaced", "reforms", "copied_bytes", "differed_bytes"):  # fmt: skip
             self.counts[name] += getattr(outcome, name)
-        self.counts["takeovers"] += outcome.taken_over
+        self.counts["takeovers"] += outcome.takeovers or outcome.taken_over
 
     def __str__(self) -> str:
         rate = self.counts["steps"] / self.took_s if self.took_s else 0

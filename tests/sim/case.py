@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tests.sim.group import Group, Options, Result
+from tests.sim.sites import group_for
 from tests.sim.words import sentences
 
 Within = Callable[[], AbstractContextManager[Any]]
@@ -42,7 +43,7 @@ class Case:
 
     def run(self, within: Within = nullcontext, *, on_group: Callable[[Group], None] | None = None) -> Result | Failure:
         """Make it. KeyboardInterrupt passes, everything else is a failure."""
-        group = Group(self.seed, self.options)
+        group = group_for(self.seed, self.options)
         if on_group is not None:
             on_group(group)
         try:

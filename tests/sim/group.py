@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from random import Random
+from typing import Any
 from unittest import mock
 
 from blockrepl.errors import UsageError
@@ -16,6 +17,7 @@ from blockrepl.replication.policy import Policy
 from blockrepl.replication.secondary import Phase as SecondaryPhase
 from blockrepl.replication.takeover import Phase as TakeoverPhase
 from blockrepl.replication.takeover import Takeover
+from tests.sim.bits import BITMAP_BLOCK
 from tests.sim.hosts import Hosts
 from tests.sim.network import Network
 from tests.sim.oracle import Oracle
@@ -67,6 +69,12 @@ class Result:
     faults: int = 0
     trials: int = 0
     taken_over: bool = False
+    takeovers: int = 0
+    swaps: int = 0
+    replaced: int = 0
+    reforms: int = 0
+    copied_bytes: int = 0  # after reforms, in blocks of the bitmap
+    differed_bytes: int = 0  # then
     odd: dict[str, int] = field(default_factory=dict)
 
 
@@ -83,7 +91,7 @@ def small(ring_bytes: int, cache_bytes: int) -> Iterator[None]:
         f"{hosts}.applying.SLICE_BYTES": 8 << 10,
         "blockrepl.replication.streams.MAX_OPEN_ROUNDS": 4,  # a note each, of 4 KiB
         "blockrepl.replication.copier.CHUNK_BYTES": 8 << 10,
-        f"{hosts}.primary_host.VERIFY_BLOCK_BYTES": 8 << 10,  # what differs is copied: a record that a small ring holds
+        f"{hosts}.primary_host.VERIFY_BLOCK_BYTES": BITMAP_BLOCK,  # what differs is copied: a small ring holds it
         f"{hosts}.secondary_host.COMMIT_BYTES": 48 << 10,
     }
     log = logging.getLogger("blockrepl.node.links")
@@ -120,7 +128,7 @@ class Group:
         story = random.choice(STORIES)
         self.story = options.story or story
         self.layout = self._layout(options, ring, random)
-        self.oracle = Oracle(world, self.layout)
+        self.oracle = self._make_oracle()
         self.processes = self._processes()
         self.threads = random.choice([1, 4, 12])
         self.performed: list[int] = []  # faults of the plan, by number
@@ -130,6 +138,9 @@ class Group:
         self.hosts: Hosts
         self._since_images = 0
         world.checks.append(self._check)
+
+    def _make_oracle(self) -> Any:
+        return Oracle(self.world, self.layout)
 
     def _layout(self, options: Options, ring: int, random: Random) -> Layout:
         count = random.choice([2, 3])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from blockrepl.block import Op, WriteBatch, WriteFlag
 from blockrepl.errors import BlockError
 from blockrepl.node.primary_host import PrimaryVolume
 from tests.sim.network import PoisonPool
-from tests.sim.oracle import Oracle
 from tests.sim.process import BLOCK, PrimaryProcess
 from tests.sim.world import World
 from tests.sim.write import Write
@@ -19,9 +19,8 @@ RETRY_S = 0.05
 class Hosts:
     """Some threads; each waits for its write before the next one."""
 
-    def __init__(
-        self, world: World, oracle: Oracle, volumes: dict[int, PrimaryProcess], threads: int, max_blocks: int
-    ) -> None:
+    def __init__(self, world: World, oracle: Any, volumes: Mapping[int, Any], threads: int, max_blocks: int) -> None:
+        """``oracle``: `Oracle` or `SitesOracle`; ``volumes``: volume → the process that serves it, when it does."""
         self.world = world
         self.oracle = oracle
         self.volumes = volumes
@@ -47,7 +46,7 @@ class Hosts:
         volume_id = random.choice(list(self.volumes))
         process = self.volumes[volume_id]
         awake = process.alive and process.paused_until_s <= self.world.now_s
-        ready = awake and process.host is not None and process.host.role.serving
+        ready = awake and process.primary is not None and process.primary.role.serving
         if not ready or process.volumes[volume_id].congested:
             self.world.after(RETRY_S, self._next)
         elif random.random() < 0.05:
@@ -88,8 +87,7 @@ class Hosts:
         write, batch = self._make(volume_id, volume)
         answer = self._watch(process)
         life = process.life
-        self.oracle.submitting[id(batch)] = write
-        self.oracle.pairs.submitted(write)
+        self.oracle.host_submits(process, batch, write)
 
         def done(batch: WriteBatch) -> None:
             assert process.life == life, "a dead process told a host"
@@ -146,7 +144,7 @@ class Hosts:
         return write, batch
 
     def _flush(self, process: PrimaryProcess, volume_id: int) -> None:
-        number = process.host.role.acked
+        number = process.primary.role.acked
         answer = self._watch(process)
 
         def done(error: BlockError | None) -> None:
@@ -169,7 +167,8 @@ class Hosts:
                 self.digests += 1
                 assert fields["different"] == [], f"verify found differences: {fields}"
 
-        process.host.on_digested = digested
-        process.host.perform(process.host.role.digest(volume_id, start, size - start))
-        process.host.settle()
+        host = process.primary
+        host.on_digested = digested
+        host.perform(host.role.digest(volume_id, start, size - start))
+        host.settle()
         self._later()

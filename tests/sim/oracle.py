@@ -89,6 +89,11 @@ class Oracle(Watcher):
         """The highest number given."""
         return self._lasts[-1] if self._lasts else 0
 
+    def host_submits(self, process: PrimaryProcess, batch: Any, write: Write) -> None:
+        """A host's write is about to be taken."""
+        self.submitting[id(batch)] = write
+        self.pairs.submitted(write)
+
     def submitted(self, process: PrimaryProcess, batch: Any, incarnation: int, number: int) -> None:
         write = self.submitting.get(id(batch)) if batch is not None else None
         self._writes[process.node_id, incarnation, number] = write

@@ -15,7 +15,7 @@ from tests.sim.world import Violation
 from tests.sim.write import Write
 
 if TYPE_CHECKING:
-    from tests.sim.process import Layout, PrimaryProcess
+    from tests.sim.process import Layout, Process
 
 
 class PairTruth:
@@ -35,7 +35,7 @@ class PairTruth:
         write.alone = self._generation if self.alone else 0
         self.volumes[write.volume].submitted(write)
 
-    def completed(self, process: PrimaryProcess, write: Write) -> bool:
+    def completed(self, process: Process, write: Write) -> bool:
         """A host was told; whether the primary took the write alone. Raises Violation."""
         self.volumes[write.volume].completed(write, alone=write.solo)
         if not write.solo:
@@ -44,7 +44,7 @@ class PairTruth:
         self.alone_ever.add(process.name)
         return True
 
-    def storing_alone(self, process: PrimaryProcess, batch: Any, volume: int) -> None:
+    def storing_alone(self, process: Process, batch: Any, volume: int) -> None:
         """A primary is about to store a host's batch alone: its bits must be on the platter (rule 17)."""
         size = process.layout.volumes[volume][2]
         durable = Bitmap(size, BITMAP_BLOCK, bytes(process.machine.files[f"bits {volume}"].platter))
@@ -78,7 +78,7 @@ class PairTruth:
         """Whether the secondaries are at a prefix of their own at a number."""
         return not any(start <= number < end for start, end in self._windows)
 
-    def check_volume(self, process: PrimaryProcess, volume: int) -> None:
+    def check_volume(self, process: Process, volume: int) -> None:
         """Raises Violation when a P-VOL holds what no host may find."""
         block = self.volumes[volume].wrong(process.machine.files[f"volume {volume}"].cache)
         if block >= 0:

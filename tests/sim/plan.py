@@ -12,6 +12,8 @@ KINDS = (
 )  # fmt: skip
 STORIES = ["production"] * 4 + ["attempts"] * 3 + ["disaster"] * 2 + ["planned"]
 PAIR_STORIES = ["pairs", "never"]
+SITES_STORIES = ["sites"]
+SITES_KINDS = ("swap",) * 4 + ("burn", "take over", "replace", "replace and burn", "resync")
 PAIR_KINDS = ("split", "resync", "resync", "verify", "resync")
 
 
@@ -55,6 +57,10 @@ def plan(seed: int, story: str, seconds: float, every_s: float | None, kinds: tu
         mode = Random(f"{seed} mode")
         if mode.random() < 0.5:
             found += [(seconds * mode.uniform(0.1, 0.9), "mode") for _ in range(mode.choice([1, 2]))]
+    elif story == "sites":
+        while story_s < seconds:
+            found.append((story_s, random.choice(SITES_KINDS)))
+            story_s += random.expovariate(1 / 2.0)
     elif story in ("disaster", "planned"):
         found.append((story_s, "disaster" if story == "disaster" else "takeover"))
     return [Planned(n, at_s, kind, str(seed)) for n, (at_s, kind) in enumerate(sorted(found), start=1)]

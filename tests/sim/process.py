@@ -14,6 +14,7 @@ from blockrepl.formats.link import Message, Pair
 from blockrepl.formats.record import RecordHead, decode_record
 from blockrepl.formats.slots import SlotKind
 from blockrepl.formats.state import (
+    IntermediateState,
     SecondaryState,
     decode_intermediate,
     decode_primary,
@@ -25,6 +26,7 @@ from blockrepl.node.host import Host
 from blockrepl.node.intermediate_host import IntermediateHost
 from blockrepl.node.intermediate_volumes import IntermediateVolumes
 from blockrepl.node.journal_reading import JournalReading
+from blockrepl.node.opener_run import Opener as OpenerRole
 from blockrepl.node.own_images import settle_mode
 from blockrepl.node.primary_host import PrimaryHost, PrimaryVolume
 from blockrepl.node.secondary_host import SecondaryHost
@@ -34,7 +36,7 @@ from blockrepl.replication.policy import Policy
 from blockrepl.replication.primary import Phase as PrimaryPhase
 from blockrepl.replication.primary import Primary
 from blockrepl.replication.secondary import Secondary
-from blockrepl.replication.takeover import OPEN, Takeover
+from blockrepl.replication.takeover import Takeover
 from blockrepl.storage.journal import Journal
 from blockrepl.storage.recovery import Recovered, recover
 from blockrepl.storage.slots import Identity, Slots
@@ -47,6 +49,7 @@ BLOCK = 512
 UNDO_BLOCK = 4096  # of the undo file
 UNDO_FILE_BYTES = 1 << 20
 TICK_S = 0.02
+REFORM_GRACE_S = 2.0  # as `node.intermediate_node`
 HELLO_TIMEOUT_S = 1.0
 
 
@@ -69,6 +72,23 @@ class Layout:
         name, number = self.intermediate
         return {number: name} | {n: each for each, n in (self.primaries | self.secondaries).items()}
 
+    def sources(self, direction: int) -> dict[str, int]:
+        """The nodes that are copied from; 1 for swapped sites. As `Definition.sources`."""
+        return self.secondaries if direction else self.primaries
+
+    def targets(self, direction: int) -> dict[str, int]:
+        """The nodes that are copied to."""
+        return self.sources(1 - direction)
+
+    def owners(self, direction: int) -> dict[int, int]:
+        """Volume → its source."""
+        ids = self.primaries | self.secondaries
+        return {volume: ids[ends[:2][direction]] for volume, ends in self.volumes.items()}
+
+    def homes(self, direction: int) -> dict[int, int]:
+        """Volume → its target."""
+        return self.owners(1 - direction)
+
 
 class Watcher:
     """What an oracle wants to hear; `tests.sim.oracle` is one."""
@@ -76,7 +96,7 @@ class Watcher:
     def appended(self, process: IntermediateProcess, head: RecordHead, record: memoryview) -> None:
         """The intermediate gave numbers."""
 
-    def submitted(self, process: PrimaryProcess, batch: Any, incarnation: int, number: int) -> None:
+    def submitted(self, process: Any, batch: Any, incarnation: int, number: int) -> None:
         """A primary gave a host's batch its batch number."""
 
     def sent(self, process: Process, kind: int, link: int, action: Send) -> None:
@@ -88,13 +108,25 @@ class Watcher:
     def recovered(self, process: Process, heads: list[RecordHead], role: Any) -> None:
         """A process has read its journal, and its role knows."""
 
-    def activated(self, process: SecondaryProcess) -> None:
+    def activated(self, process: Any) -> None:
         """A secondary became active."""
+
+    def reformed(self, process: Process, number: int) -> None:
+        """An intermediate has forgotten its journal: the group is formed anew above a number."""
 
     def taken_alone(self, batch: Any) -> None:
         """A primary completes a host's batch without the group."""
 
-    def storing(self, process: PrimaryProcess, batch: Any, volume: int) -> None:
+    def became_target(self, process: Any) -> None:
+        """A data node is durably a target of the group that was formed anew, and has applied nothing of it."""
+
+    def stays_source(self, process: Any, epoch: int) -> None:
+        """A data node is durably a source of the group that was formed anew."""
+
+    def rejoining(self, process: Any, resync: int) -> None:
+        """A suspended primary takes part in a resync: until its state says so nothing is stored in its P-VOLs."""
+
+    def storing(self, process: Any, batch: Any, volume: int) -> None:
         """A primary is about to store a host's batch in its P-VOL."""
 
     def event(self, process: Process, text: str) -> None:
@@ -330,13 +362,26 @@ class SimDialler:
         self._peer = peer
         self._connected = connected
         self._link = 0
+        self._closed = False
 
     def again(self) -> None:
         """Dial."""
-        self._process.network.dial(self._process, self._peer, self._dialled)
+        if not self._closed:
+            self._process.network.dial(self._process, self._peer, self._dialled)
+
+    def close(self) -> None:
+        """Dial no more."""
+        self._closed = True
+        if self._link:
+            link, self._link = self._link, 0
+            self._process.links.close(link, "not dialled any more")
 
     def _dialled(self, sock: SimSocket | None) -> None:
         process = self._process
+        if sock is not None and self._closed:
+            sock.connection.close(sock.side)
+            sock.connection.streams[sock.side] = None
+            return
         if sock is None:
             process.later(process.world.random.uniform(0.01, 0.2), self.again)
             return
@@ -354,11 +399,33 @@ class SimDialler:
 class WatchedPrimaryHost(PrimaryHost):
     """Tells the oracle of every store."""
 
-    process: PrimaryProcess
+    process: Process
 
     def _store_batch(self, action: Any) -> None:
         self.process.watcher.storing(self.process, action.batch, action.volume)
         super()._store_batch(action)
+
+
+def watch_primary(process: Process, role: Primary) -> None:
+    """Tell the oracle what becomes of hosts' batches."""
+    add, write, go = role.queue.add, role.suspension.write, role.machine.go
+
+    def note(record: Any) -> None:
+        process.watcher.submitted(process, record.batch, role.state.incarnation, record.number)
+        add(record)
+
+    def alone(volume: int, batch: Any, *, report: bool = True) -> list[Action]:
+        process.watcher.taken_alone(batch)
+        return write(volume, batch, report=report)
+
+    def step(event: str) -> PrimaryPhase:
+        if event == "resync":
+            process.watcher.rejoining(process, (role.resyncing._pending or {})["id"])
+        return go(event)
+
+    role.queue.add = note  # type: ignore[method-assign]
+    role.suspension.write = alone  # type: ignore[method-assign]
+    role.machine.go = step  # type: ignore[method-assign]
 
 
 class PrimaryProcess(Process):
@@ -408,20 +475,7 @@ class PrimaryProcess(Process):
         )  # fmt: skip
         self.watcher.recovered(self, [], role)
         images = {v: SimImage(self.machine.files[f"volume {v}"], self) for v in self.volume_ids}
-        add = role.queue.add
-
-        def note(record: Any) -> None:
-            self.watcher.submitted(self, record.batch, state.incarnation, record.number)
-            add(record)
-
-        role.queue.add = note  # type: ignore[method-assign]
-        write = role.suspension.write
-
-        def alone(volume: int, batch: Any, *, report: bool = True) -> list[Action]:
-            self.watcher.taken_alone(batch)
-            return write(volume, batch, report=report)
-
-        role.suspension.write = alone  # type: ignore[method-assign]
+        watch_primary(self, role)
         save = partial(state_file.save, self.disk)  # type: ignore[arg-type]
         host = WatchedPrimaryHost(
             role, images, save, bits.save, self.disk, self.links, self.machine.clock, self.workers, self.log
@@ -443,6 +497,11 @@ class PrimaryProcess(Process):
             raise ProtocolError("BATCH does not belong on a primary's link")
         view = chunk.view[start:end]
         self.host.record(link, decode_record(view), view)
+
+    @property
+    def primary(self) -> PrimaryHost:
+        """What serves hosts."""
+        return self.host
 
     @property
     def failed(self) -> bool:
@@ -469,11 +528,10 @@ class IntermediateProcess(Process):
 
     host: IntermediateHost
     alone = False
+    _reforms_at_s: float | None = None
     changes_mode = False  # the operator wants the other mode: when it starts, unless a resync is under way
 
     def format(self) -> None:
-        from blockrepl.formats.state import IntermediateState
-
         mode = self.layout.volumes_mode
         state = IntermediateState(volumes=mode, filled=mode)
         self._format_journal(self.layout.ring_bytes, encode_intermediate(state))
@@ -492,42 +550,77 @@ class IntermediateProcess(Process):
         state.incarnation += 1
         if state.pair == Pair.COPY:
             self.changes_mode = False
-        mode = state.volumes != self.changes_mode
-        settle_mode(state, kept=mode, younger=False)
+        settle_mode(state, kept=state.volumes != self.changes_mode, younger=False)
         self.changes_mode = False
-        random = self.world.random
-        bits = SimBitmaps(self, "hop2", self._sizes)
-        role = Intermediate(
-            group=GROUP, node=self.node_id, name=self.name, primaries=list(self.layout.primaries.values()),
-            secondaries=list(self.layout.secondaries.values()), state=state, policy=self.layout.policy,
-            new_id=lambda: random.randbytes(16), alone=self.alone, bitmaps=bits.bitmaps,
-            owners={v: self.layout.primaries[p] for v, (p, _, _) in self.layout.volumes.items()},
-            homes={v: self.layout.secondaries[s] for v, (_, s, _) in self.layout.volumes.items()},
-            local_source=mode,
-            names={node: name for name, node in (*self.layout.primaries.items(), *self.layout.secondaries.items())},
-        )  # fmt: skip
+        self._reforms_at_s = None
+        self._bits = SimBitmaps(self, "hop2", self._sizes)
+        role = self._role(state, alone=self.alone)
         reading.tell_intermediate(role)
         self.watcher.recovered(self, reading.heads, role)
+        host = self._host(role, journal)
+        if host.volumes is not None:
+            host.volumes.recover()
+        return host
+
+    def _role(self, state: IntermediateState, *, alone: bool = False) -> Intermediate:
+        layout, random = self.layout, self.world.random
+        return Intermediate(
+            group=GROUP, node=self.node_id, name=self.name, primaries=list(layout.sources(state.direction).values()),
+            secondaries=list(layout.targets(state.direction).values()), state=state, policy=layout.policy,
+            new_id=lambda: random.randbytes(16), alone=alone, bitmaps=self._bits.bitmaps,
+            owners=layout.owners(state.direction), homes=layout.homes(state.direction), local_source=state.volumes,
+            names=layout.names,
+        )  # fmt: skip
+
+    def _host(self, role: Intermediate, journal: SimJournalFile) -> IntermediateHost:
         volumes = None
-        if mode:
+        if role.state.volumes:
             images = {v: SimImage(self.machine.files[f"volume {v}"], self) for v in self._sizes}
-            clock = self.machine.clock
-            volumes = IntermediateVolumes(role, journal, images, self.disk, clock, self.workers)
-            volumes.recover()
+            volumes = IntermediateVolumes(role, journal, images, self.disk, self.machine.clock, self.workers)
         host = WatchedIntermediateHost(
-            role, journal, bits.save, self.links, self.machine.clock, self.workers, self.log, volumes,
+            role, journal, self._bits.save, self.links, self.machine.clock, self.workers, self.log, volumes,
             spills=self.machine.spills,
         )  # fmt: skip
-        bits.on_failed = lambda error: host.fail(str(error))
+        self._bits.on_failed = lambda error: host.fail(str(error))
         host.process = self
+        host.on_reformed = self._reformed
         return host
+
+    def _reformed(self) -> None:
+        """As the node: when the opener has hung up, or soon, other peers are dialled and let in."""
+        self.watcher.reformed(self, self.host.role.numbered)
+        self._reforms_at_s = self.machine.clock.now_s() + REFORM_GRACE_S
+
+    def _tick(self) -> None:
+        if self._reforms_at_s is None:
+            super()._tick()
+            return
+        self.later(TICK_S, self._tick)
+        if not self.host.role.opener_link or self.machine.clock.now_s() >= self._reforms_at_s:
+            self._rebuild()
+
+    def _rebuild(self) -> None:
+        """Role and host anew, from the state that was stored; every link is made again."""
+        self._reforms_at_s = None
+        old = self.host
+        for dialler in self.diallers:
+            dialler.close()
+        self.diallers.clear()
+        self.links.close_all()
+        role = self._role(decode_intermediate(encode_intermediate(old.role.durable_state())))
+        role.start()
+        self.host = self._host(role, old.journal)  # type: ignore[arg-type]
+        self._dial()
 
     def start(self) -> None:
         self.host.journal.save(encode_intermediate(self.host.role.durable_state()), done=self._open_links)
 
     def _open_links(self) -> None:
         self.listening = True
-        for name, number in self.layout.secondaries.items():
+        self._dial()
+
+    def _dial(self) -> None:
+        for name, number in self.layout.targets(self.host.role.state.direction).items():
             self.dial(name, partial(self._connected, number))
 
     def _connected(self, node: int, link: int, nonce: bytes) -> None:
@@ -633,29 +726,34 @@ class SecondaryProcess(Process):
     ) -> None:
         """The operator's command. ``done`` is not called when the process dies."""
         if self.alive and self.opener is None:
-            self.opener = Opener(self, done, dry_run=dry_run, force=force, patience_s=patience_s)
+            role = takeover_of(self, self.layout.secondaries, dry_run=dry_run, force=force, patience_s=patience_s)
+            self.world.say(self.name, f"takeover begins, dry_run={dry_run}, force={force}")
+            self.opener = Opener(self, role, lambda: done(role))
+
+
+def takeover_of(
+    process: Process, members: dict[str, int], *, dry_run: bool, force: bool, patience_s: float = 3.0
+) -> Takeover:
+    """As `node.takeover_run`."""
+    layout, random = process.layout, process.world.random
+    return Takeover(
+        group=GROUP, node=process.node_id, name=process.name, intermediate=layout.intermediate[1],
+        secondaries=list(members.values()), names=layout.names, new_id=lambda: random.randbytes(16),
+        now_s=process.machine.clock.now_s(), dry_run=dry_run, force=force, patience_s=patience_s,
+        fence_never=layout.policy.fence_never,
+    )  # fmt: skip
 
 
 class Opener:
-    """As `node.takeover_run`."""
+    """As `node.opener_run`: runs an opener of epochs. ``process.opener`` is it while it is open."""
 
-    def __init__(
-        self, process: SecondaryProcess, done: Callable[[Takeover], None], *, dry_run: bool, force: bool,
-        patience_s: float,
-    ) -> None:  # fmt: skip
+    def __init__(self, process: Any, role: OpenerRole, done: Callable[[], None]) -> None:
         self._process = process
         self._done = done
         self.own: set[int] = set()
-        layout, random = process.layout, process.world.random
-        self.role = Takeover(
-            group=GROUP, node=process.node_id, name=process.name, intermediate=layout.intermediate[1],
-            secondaries=list(layout.secondaries.values()), names=layout.names,
-            new_id=lambda: random.randbytes(16), now_s=process.machine.clock.now_s(),
-            dry_run=dry_run, force=force, patience_s=patience_s,
-        )  # fmt: skip
-        process.world.say(process.name, f"takeover begins, dry_run={dry_run}, force={force}")
-        for node in self.role.peers:
-            process.network.dial(process, layout.names[node], partial(self._dialled, node))
+        self.role = role
+        for node in role.peers:
+            process.network.dial(process, process.layout.names[node], partial(self._dialled, node))
         process.later(TICK_S, self._tick)
 
     def _dialled(self, node: int, sock: SimSocket | None) -> None:
@@ -663,12 +761,12 @@ class Opener:
         if process.opener is not self:
             if sock is not None:
                 sock.connection.close(0)
-                process.links.close(process.links.add(sock, greeted=True).number, "too late")  # type: ignore[arg-type]
+                process.links.close(process.links.add(sock, greeted=True).number, "too late")
             return
         if sock is None:
             self.perform(self.role.unreachable(node, "no answer", process.machine.clock.now_s()))
             return
-        link = process.links.add(sock, greeted=True).number  # type: ignore[arg-type]
+        link = process.links.add(sock, greeted=True).number
         self.own.add(link)
         self.perform(self.role.connected(link, node, process.world.random.randbytes(16)))
 
@@ -678,7 +776,7 @@ class Opener:
             self.perform(self.role.tick(self._process.machine.clock.now_s()))
 
     def perform(self, actions: list[Action]) -> None:
-        """As `TakeoverRun._perform`."""
+        """As `OpenerRun._perform`."""
         process = self._process
         for action in actions:
             if isinstance(action, Send):
@@ -687,10 +785,10 @@ class Opener:
                 self.own.discard(action.link)
                 process.links.close(action.link, action.reason, action.last_words)
             elif isinstance(action, Event):
-                process.world.say(process.name, f"takeover: {action.text}")
+                process.world.say(process.name, f"opener: {action.text}")
         process.links.settle()
-        if self.role.phase not in OPEN and process.opener is self:
+        if not self.role.open and process.opener is self:
             process.opener = None
             for link in list(self.own):
-                process.links.close(link, "the takeover ended", b"")
-            self._done(self.role)
+                process.links.close(link, "the opener ended", b"")
+            self._done()

@@ -110,8 +110,7 @@ class Scenario:
             volume, list(batch.ops), list(batch.offsets), list(batch.lengths), [payload], group.oracle.completed
         )
         asked = Asked(ours)
-        group.oracle.submitting[id(batch)] = ours
-        group.oracle.pairs.submitted(ours)
+        group.oracle.host_submits(process, batch, ours)
 
         def done(batch: WriteBatch) -> None:
             group.oracle.submitting.pop(id(batch), None)

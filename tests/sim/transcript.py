@@ -5,8 +5,9 @@ from __future__ import annotations
 from random import Random
 from typing import Any
 
-from tests.sim.group import Group, Options
+from tests.sim.group import Options
 from tests.sim.process import BLOCK, Process
+from tests.sim.sites import group_for
 from tests.sim.words import sentences
 from tests.sim.write import Write
 
@@ -48,9 +49,9 @@ class Transcript:
     """A group without chance or faults, and what its processes say to each other."""
 
     def __init__(self, story: str = "production", ring_bytes: int = 1 << 20) -> None:
-        """``story`` "never" is the fence level."""
+        """``story`` "never" is the fence level, "sites" has data nodes at both sites."""
         self.lines: list[str] = []
-        self.group = Group(0, Options(story=story, volumes=2, ring_bytes=ring_bytes), Steady())
+        self.group = group_for(0, Options(story=story, volumes=2, ring_bytes=ring_bytes), Steady())
         self.group.world.on_message = self._message
 
     def note(self, text: str) -> None:
@@ -61,17 +62,16 @@ class Transcript:
         """Let them talk."""
         self.group.world.run(self.group.world.now_s + seconds)
 
-    def write(self, volume: int, blocks: int = 1) -> Write:
+    def write(self, volume: int, blocks: int = 1, site: int = 0) -> Write:
         """A host writes the first blocks."""
         from tests.replication.roles import write
 
         group = self.group
-        process = group.primary(group.layout.volumes[volume][0])
+        process: Any = group.processes[str(group.layout.volumes[volume][site])]
         size = blocks * BLOCK
         batch = write(size)
         ours = Write(volume, list(batch.ops), [0], [size], [bytes(size)], group.oracle.completed)
-        group.oracle.submitting[id(batch)] = ours
-        group.oracle.pairs.submitted(ours)
+        group.oracle.host_submits(process, batch, ours)
 
         def done(batch: Any) -> None:
             self.lines.append(f"-- {process.name} tells its host: {'EIO' if batch.errors else 'well'}")

@@ -15,8 +15,12 @@ BLOCK = 512
 class HostTruth:
     """One volume."""
 
-    def __init__(self, size_bytes: int) -> None:
-        self._blocks: list[list[tuple[int, bytes]]] = [[(0, bytes(BLOCK))] for _ in range(size_bytes // BLOCK)]
+    def __init__(self, size_bytes: int, content: bytes = b"") -> None:
+        """``content``: what is there at the beginning; zeroes by default."""
+        content = content or bytes(size_bytes)
+        self._blocks: list[list[tuple[int, bytes]]] = [
+            [(0, content[at : at + BLOCK])] for at in range(0, size_bytes, BLOCK)
+        ]
         self._count = 0
         self._volatile: dict[int, list[tuple[int, bytes]]] = {}  # what unsynced writes taken alone have replaced
         self._serials: dict[int, int] = {}  # id(write) → its place in the order

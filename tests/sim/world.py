@@ -132,6 +132,11 @@ class Machine:
         self.spills = SimSpills()
         self.clock = Clock(world)
 
+    def renew(self) -> None:
+        """A new one is put in its place: empty disks."""
+        self.files.clear()
+        self.spills = SimSpills()
+
     def cut_power(self) -> None:
         """Every file is left as the platter has it."""
         unit = self.world.random.choice([512, 4096])
