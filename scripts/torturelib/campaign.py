@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,10 +24,13 @@ from scripts.torturelib.file_life import database_server, file_systems
 from scripts.torturelib.group import NODES, Group
 from scripts.torturelib.life import Life, Round
 from scripts.torturelib.network import Lines, Namespaces, Network
+from scripts.torturelib.typed import TypedGroup
+from scripts.torturelib.walk import MODE, Walk
 
 STORM_S = (3.0, 9.0)
 MOST_STORMS = 4
 SWAPS, SOLOS = 3, 3
+WALK_STEPS, WALK_VOLUME_MIB = 22, 160
 JOURNAL, SMALL_JOURNAL = "64MiB", "24MiB"
 
 
@@ -64,7 +68,7 @@ class Means:
 class Campaign:
     """Performs rounds; `rounds` holds what they saw."""
 
-    KINDS: ClassVar[tuple[str, ...]] = ("power", "takeback", "files", "solo", "kills", "postgres", "small")
+    KINDS: ClassVar[tuple[str, ...]] = ("power", "walk", "takeback", "files", "solo", "kills", "postgres", "small")
 
     def __init__(
         self, means: Means, seed: int, only: str | None, keep: Path | None, *, verbose: bool, bug: str
@@ -102,6 +106,9 @@ class Campaign:
         return late or (self._rounds_left is not None and len(self.rounds) >= self._rounds_left)
 
     def _live(self, kind: str, chance: random.Random) -> None:
+        if kind == "walk":
+            self._walk(chance)
+            return
         blocks = chance.random() < 0.5
         # Where a suspension is not what the round is about, it would only make losses legal.
         keys = [f'on_full = "{"block" if blocks or kind != "small" else "suspend"}"']
@@ -129,6 +136,24 @@ class Campaign:
             if not self._done():
                 self._round(group, life, life.disaster)
 
+    def _walk(self, chance: random.Random) -> None:
+        """An operator's random walk; a round is what lies between two times at rest."""
+        volumes_mode, never, blocks = (chance.random() < 0.5 for _ in range(3))
+        keys = [f'on_full = "{"block" if blocks else "suspend"}"', f'fence = "{"never" if never else "data"}"']
+        keys.append(MODE[volumes_mode])
+        with self._group("walk", keys) as group:
+            assert isinstance(group, TypedGroup)
+            group.create()
+            group.start()
+            life = Life(group, chance)
+            walk = Walk(life, group, volumes_mode=volumes_mode)
+            self._round(group, life, walk.begin)
+            steps = 0
+            while steps < WALK_STEPS and self.ok and not self._done():
+                some = chance.randint(2, 7)
+                steps += some
+                self._round(group, life, partial(walk.play, some))
+
     def _swap_to_and_fro(self, group: Group, life: Life) -> None:
         """Split and resync, then takeover and takeback, several times in a row."""
         rounds = [lambda: pair.split_and_resync(life)]
@@ -150,7 +175,13 @@ class Campaign:
         disks = (Platters if kind == "power" else Disks)(home, NODES)
         network = self._means.network()
         journal = SMALL_JOURNAL if kind == "small" else JOURNAL
-        group = Group(home, network, disks, self._say, journal=journal, keys=keys, bug=self._bug)
+        if kind == "walk":
+            group: Group = TypedGroup(
+                home, network, disks, self._say, journal=journal, keys=keys, policy={"hold_s": "10.0"},
+                volume_mib=WALK_VOLUME_MIB,
+            )  # fmt: skip
+        else:
+            group = Group(home, network, disks, self._say, journal=journal, keys=keys, bug=self._bug)
         try:
             yield group
         finally:

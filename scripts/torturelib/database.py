@@ -125,7 +125,7 @@ class Database(threading.Thread):
         self._address = address
         self._random = random.Random(f"{seed}/database")
         self._ending = threading.Event()
-        self._fresh = fresh
+        self.fresh = fresh  # nothing of it is there yet
         self._volumes: dict[str, NbdVolume] = {}
 
     def end(self) -> None:
@@ -169,10 +169,10 @@ class Database(threading.Thread):
         self._volumes[where].write(PLACE_BYTES + block * BLOCK_BYTES, raw, durable=durable)
 
     def _begin(self) -> State:
-        if self._fresh:
+        if self.fresh:
             state = State()
             self._checkpoint(state, set(range(PAGES)))
-            self._fresh = False
+            self.fresh = False
             return state
         state = recover(self._read)
         self.recoveries += 1

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from blockrepl.cli import processes
 from blockrepl.cli.client import call
@@ -39,18 +39,31 @@ POLL_S = 0.02
 POLICY = {"heartbeat_s": "0.3", "link_timeout_s": "1.5", "hold_s": "30.0", "checkpoint_s": "1.0"}
 
 
+class Process(Protocol):
+    """A node's, as far as a torture is concerned."""
+
+    returncode: int | None
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float) -> int: ...
+
+    def send_signal(self, number: signal.Signals) -> None: ...
+
+
 class Group:
     """``say`` tells what is done to it."""
 
     def __init__(
         self, home: Path, network: Network, disks: Disks, say: Callable[[str], None], *,
         journal: str, policy: dict[str, str] | None = None, keys: Sequence[str] = (), bug: str = "",
+        volume_mib: int = VOLUME_MIB,
     ) -> None:  # fmt: skip
         """``bug``: one of tests/torture/broken_node.py, planted in every node."""
         self._bug = bug
         self.home, self.network, self.disks, self.say = home, network, disks, say
         self.name = "torture"
-        text = self._text(journal, {**POLICY, **(policy or {})}, keys)
+        text = self._text(journal, {**POLICY, **(policy or {})}, keys, volume_mib)
         self.file = home / "group.toml"
         self.file.write_text(text)
         self.definition: Definition = load(self.file)
@@ -59,12 +72,12 @@ class Group:
             path = home / f"seen-from-{node}.toml"
             path.write_text(network.seen_from(node, text))
             self._seen[node] = load(path)
-        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.running: dict[str, Process] = {}
         self.stopped: set[str] = set()
         self._devices: dict[str, int] = {}  # that are attached, each held open
         self.direction = 0  # the site where hosts are
 
-    def _text(self, journal: str, policy: dict[str, str], keys: Sequence[str]) -> str:
+    def _text(self, journal: str, policy: dict[str, str], keys: Sequence[str], volume_mib: int) -> str:
         lines = [
             "[group]",
             f'name = "{self.name}"',
@@ -79,7 +92,7 @@ class Group:
             lines += [f'listen = "{self.network.link_address(node)}"']
             lines += [] if role == "intermediate" else [f'nbd = "{self.network.nbd_address(node)}"']
         for name, (primary, secondary) in PLACES.items():
-            lines += ["[[volume]]", f'name = "{name}"', f'size = "{VOLUME_MIB}MiB"']
+            lines += ["[[volume]]", f'name = "{name}"', f'size = "{volume_mib}MiB"']
             lines += [f'primary = "{primary}"', f'secondary = "{secondary}"']
         return "\n".join(lines) + "\n"
 

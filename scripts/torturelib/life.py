@@ -82,7 +82,7 @@ class Life:
                 round_.transactions += database.committed - self.committed
                 round_.problems += database.broken
                 round_.host_errors += len(database.errors)
-                self.committed, self.fresh = database.committed, False
+                self.committed, self.fresh = database.committed, database.fresh
             round_.host_errors += len(load.errors)
             round_.problems += load.broken
 
