@@ -38,6 +38,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", metavar="N", type=int, help="so many")
     parser.add_argument("--seed", metavar="K", type=int, help="faults and loads by chance, from this number")
     parser.add_argument("--only", metavar="KIND", help="one kind of life: " + ", ".join(Campaign.KINDS))
+    parser.add_argument("--short", action="store_true", help="short lives, so that every kind has its turn soon")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write every round there")
     parser.add_argument("--keep", metavar="DIR", type=Path, help="where logs of a group that failed go")
     parser.add_argument("--proxies", action="store_true", help="no namespaces, though they could be had")
@@ -62,7 +63,10 @@ def main(argv: list[str]) -> int:
     try:
         with home() as directory:
             means = Means.here(directory, why_not)
-            campaign = Campaign(means, seed, options.only, options.keep, verbose=options.verbose, bug=options.plant)
+            campaign = Campaign(
+                means, seed, options.only, options.keep, verbose=options.verbose, bug=options.plant,
+                short=options.short,
+            )  # fmt: skip
             print(f"seed {seed}; {means}", flush=True)
             campaign.run(options.rounds, None if minutes is None else time.monotonic() + 60 * minutes)
     except KeyboardInterrupt:

@@ -27,14 +27,26 @@ from scripts.torturelib.network import Lines, Namespaces, Network
 from scripts.torturelib.typed import TypedGroup
 from scripts.torturelib.walk import MODE, Walk
 
-STORM_S = (3.0, 9.0)
-MOST_STORMS = 4
-SWAPS, SOLOS = 3, 3
-WALK_STEPS, WALK_VOLUME_MIB = 22, 160
+WALK_VOLUME_MIB = 160
 JOURNAL, SMALL_JOURNAL = "64MiB", "24MiB"
 
 
 HOSTS_WITH_FILES = {"files": file_systems, "postgres": database_server}
+
+
+@dataclass(frozen=True)
+class Lives:
+    """How long they are."""
+
+    storm_s: tuple[float, float] = (3.0, 9.0)
+    most_storms: int = 4
+    swaps: int = 3
+    solos: int = 3
+    walk_steps: int = 22
+    steps: tuple[int, int] = (2, 7)  # of a walk, from one time at rest to the next
+
+
+LONG, SHORT = Lives(), Lives((1.0, 4.0), 1, 1, 1, 4, (4, 6))
 
 
 @dataclass
@@ -71,8 +83,9 @@ class Campaign:
     KINDS: ClassVar[tuple[str, ...]] = ("power", "walk", "takeback", "files", "solo", "kills", "postgres", "small")
 
     def __init__(
-        self, means: Means, seed: int, only: str | None, keep: Path | None, *, verbose: bool, bug: str
-    ) -> None:
+        self, means: Means, seed: int, only: str | None, keep: Path | None, *, verbose: bool, bug: str,
+        short: bool = False,
+    ) -> None:  # fmt: skip
         kinds = [kind for kind in self.KINDS if not means.why_not(kind)]
         if only is not None and only not in kinds:
             raise TortureError(f"no life of kind {only} here: {', '.join(kinds)} ({means})", 2)
@@ -82,6 +95,7 @@ class Campaign:
         self._keep = keep
         self._verbose = verbose
         self._bug = bug
+        self._long = SHORT if short else LONG
         self._lives = 0
         self._rounds_left: int | None = None
         self._deadline_s: float | None = None
@@ -118,7 +132,7 @@ class Campaign:
             group.start()
             if kind in HOSTS_WITH_FILES:
                 life = Life(group, chance, volumes=["index"])
-                self._round(group, life, lambda: HOSTS_WITH_FILES[kind](life, chance.uniform(*STORM_S)))
+                self._round(group, life, lambda: HOSTS_WITH_FILES[kind](life, chance.uniform(*self._long.storm_s)))
                 return
             life = Life(group, chance)
             if kind == "takeback":
@@ -127,9 +141,9 @@ class Campaign:
             if kind == "solo":
                 self._alone(group, life)
                 return
-            for _ in range(chance.randint(1, MOST_STORMS)):
+            for _ in range(chance.randint(1, self._long.most_storms)):
                 if not self._done():
-                    self._round(group, life, lambda: life.storm(chance.uniform(*STORM_S)))
+                    self._round(group, life, lambda: life.storm(chance.uniform(*self._long.storm_s)))
             if kind == "small" and not self._done():
                 full = life.full_journal if blocks else lambda: pair.full_and_suspended(life)
                 self._round(group, life, full)
@@ -149,22 +163,22 @@ class Campaign:
             walk = Walk(life, group, volumes_mode=volumes_mode)
             self._round(group, life, walk.begin)
             steps = 0
-            while steps < WALK_STEPS and self.ok and not self._done():
-                some = chance.randint(2, 7)
+            while steps < self._long.walk_steps and self.ok and not self._done():
+                some = chance.randint(*self._long.steps)
                 steps += some
                 self._round(group, life, partial(walk.play, some))
 
     def _swap_to_and_fro(self, group: Group, life: Life) -> None:
         """Split and resync, then takeover and takeback, several times in a row."""
         rounds = [lambda: pair.split_and_resync(life)]
-        for _ in range(SWAPS):
+        for _ in range(self._long.swaps):
             rounds += [life.disaster, lambda: pair.take_back(life)]
         for play in rounds:
             if not self._done():
                 self._round(group, life, play)
 
     def _alone(self, group: Group, life: Life) -> None:
-        for _ in range(SOLOS):
+        for _ in range(self._long.solos):
             if not self._done() and group.direction == 0:
                 self._round(group, life, lambda: pair.rolling_disaster(life))
 

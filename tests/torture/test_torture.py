@@ -19,9 +19,9 @@ from tests.patience import patient
 from tests.system.group import wait_for
 
 ROOT = Path(__file__).parents[2]
-MINUTES = 1.7
+MINUTES = 2.5  # with the other tests here about four, on a machine that is not busy
 PLACE = f"{IMAGES}/torture-"
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2700)]
 needs_loop = pytest.mark.skipif(bool(why_no_loop()), reason=f"no loop devices: {why_no_loop()}")
 
 
@@ -48,7 +48,8 @@ def left() -> list[str]:
 
 
 def test_every_round_that_fits_keeps_the_promise(tmp_path: Path) -> None:
-    status, output, rounds = torture(tmp_path, "--minutes", str(MINUTES))
+    """Short lives: each kind comes to its turn."""
+    status, output, rounds = torture(tmp_path, "--short", "--minutes", str(MINUTES))
     assert status == 0, output
     print(output)
     assert sum(round_["acknowledged"] for round_ in rounds) > 100, output
