@@ -10,6 +10,8 @@ def what_is_lost(report: Message) -> list[str]:
     """Lines without a verb in front: "nothing that was acknowledged", "3 writes, 24 KiB, 0.2 s"."""
     if report.get("lossless"):
         return ["nothing that was acknowledged"]
+    if report.get("completed_earlier"):
+        return ["nothing more than when it was done before"]
     writes, seconds = report.get("lost_writes"), report.get("lost_s")
     span = f", {seconds:.1f} s" if writes and seconds is not None else ""
     if report.get("counted"):

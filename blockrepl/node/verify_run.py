@@ -7,6 +7,7 @@ from typing import Any
 
 from blockrepl.definition import Volume
 from blockrepl.errors import TimeoutExpiredError, UsageError
+from blockrepl.formats.link import Pair
 from blockrepl.node.control import Progress
 from blockrepl.node.digests import VERIFY_BLOCK_BYTES, VERIFY_RANGE_BYTES
 from blockrepl.node.primary_host import PrimaryHost
@@ -28,7 +29,8 @@ class VerifyRun:
         """Compare a whole volume; the result as docs/control.md has it. Raises UsageError, TimeoutExpiredError."""
         name = volume.name
         if self._host.role.phase is not Phase.LIVE:
-            raise UsageError(f"{name} is not in PAIR: {self._host.role.why_held()}", hint="see: blockrepl status")
+            why = self._host.role.why_held() or f"its hosts work alone ({Pair(self._host.role.state.suspended).name})"
+            raise UsageError(f"{name} cannot be compared now: {why}", hint="see: blockrepl explain")
         blocks = 0
         different: list[int] = []
         done_bytes = 0

@@ -81,6 +81,7 @@ class Opening:
         self._asked: Epoch = NO_EPOCH
         self._store: tuple[int, dict[str, Any]] | None = None  # STORE(reform) that waits: link, fields
         self._anew = False  # a reform has our promise: that a node is active is what it is about
+        self.taken_over = False  # fenced: the other site works on
 
     @property
     def waits(self) -> bool:
@@ -168,6 +169,7 @@ class Opening:
             return []
         owner = self._owner
         self._go("fence")
+        self.taken_over = True
         self.reason = f"the secondary site has taken over in epoch {epoch.number}; this side is history"
         owner.state.promised = max(owner.state.promised, self.higher)
         return [

@@ -230,11 +230,17 @@ class Pairing:
 
     def _forbid(self, command: str, allowed: set[Pair], first: str = "") -> None:
         """Raises UsageError that names the state, and which command comes first."""
-        pair = self.pair
-        if self._owner.phase is not Phase.SERVING:
+        pair, opening = self.pair, self._owner.opening
+        if opening.phase is Phase.FENCED and opening.taken_over:
             raise UsageError(
-                f"{command} is not possible while the intermediate is {self._owner.phase.value}",
-                hint="see: blockrepl status",
+                f"{command} is not possible in state SSWS: {opening.reason}",
+                hint="make the other site the copy first: blockrepl pair resync --swap; see also blockrepl explain",
+            )
+        if opening.phase is not Phase.SERVING:
+            why = f": {opening.reason}" if opening.reason else ""
+            raise UsageError(
+                f"{command} is not possible while the intermediate is {opening.phase.value}{why}",
+                hint="see: blockrepl explain",
             )
         if self.shown is not pair and pair is not Pair.COPY:
             raise UsageError(

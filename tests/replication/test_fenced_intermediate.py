@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from blockrepl.errors import UsageError
 from blockrepl.formats.link import NO_EPOCH, LinkRole, Message, Refusal
 from blockrepl.replication.actions import Close
 from blockrepl.replication.intermediate import Intermediate
@@ -151,3 +152,20 @@ def test_23_one_that_has_to_be_finished_first_is_named_by_an_intermediate_that_i
     role.received(104, Message.WELCOME, report(S1, rolling=True, through=5, prepared=7), 0.0)
     assert role.phase is Phase.FENCED
     assert "has not ended: blockrepl takeover, then blockrepl replace --node i" in role.opening.reason
+
+
+def test_after_a_takeover_the_pair_commands_name_the_state_and_what_comes_first() -> None:
+    role = intermediate()
+    active = {"epoch": TWO, "promised": TWO, "code": int(Refusal.ACTIVE), "text": "s1 has taken over"}
+    role.opening.refused(S1, active, 1.0)
+    for command in (role.pairing.delete, role.pairing.resync):
+        with pytest.raises(UsageError, match="not possible in state SSWS: the secondary site has taken over") as caught:
+            command(now_s=2.0)
+        assert "pair resync --swap" in str(caught.value.hint)
+
+
+def test_one_that_waits_for_its_replacement_says_so_to_who_types_a_command() -> None:
+    role = intermediate(epoch=NO_EPOCH, promised=NO_EPOCH)
+    role.opening.behind("s1 holds number 2")
+    with pytest.raises(UsageError, match=r"fenced: this intermediate is new: .*blockrepl replace"):
+        role.pairing.delete(now_s=2.0)
