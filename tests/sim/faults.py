@@ -39,6 +39,7 @@ class Faults:
             "kill": self._kill, "kill in mid-step": self._kill_in_step, "kill two": self._kill_two,
             "pause": self._pause, "power": self._power, "site": self._site, "cut": self._cut,
             "cut one way": self._cut_one_way, "isolate": self._isolate, "reset": self._reset,
+            "late": self._late,
             "disk error": self._disk_error, "disk broken": self._disk_broken, "disk full": self._disk_full,
             "flipped bits": self._flip, "slow disk": self._slow_disk, "wall clock": self._wall_clock,
             "clock rate": self._clock_rate, "dry run": self._dry_run, "operator": self._operator,
@@ -154,6 +155,30 @@ class Faults:
             names = [process.name for process in connection.processes]
             self._say(f"a connection {' - '.join(names)} breaks")
             connection.drop()
+
+    def _late(self) -> None:
+        """What one end of a connection sends comes late, though newer connections work; then that end dies, perhaps."""
+        seconds = self.random.choice([0.1, 0.4, 1.2])
+        connections = self.group.network.connections
+        if self.random.random() < 0.4 or not connections:
+            self._late_greeting(self.group.processes[self.random.choice(("p1", "p2", "i"))], seconds)
+            return
+        connection, side = self.random.choice(connections), self.random.choice([0, 1])
+        sender, receiver = connection.processes[side], connection.processes[1 - side]
+        self._say(f"what {sender.name} sends to {receiver.name} on this connection comes {seconds} s late")
+        connection.held_until_s[side] = self.world.now_s + seconds
+        if self.random.random() < 0.6:
+            self._later(self.random.choice([0.001, 0.01, 0.05]), sender.crash)
+            self._later(0.06, sender.boot)
+
+    def _late_greeting(self, process: Process, seconds: float) -> None:
+        """Its HELLO is under way when it dies, and arrives long after that of its successor."""
+        self._say(f"the first words of {process.name} after its next start come {seconds} s late")
+        process.crash()
+        self.group.network.late_dials[process.name] = seconds
+        process.boot()
+        self._later(self.random.choice([0.01, 0.03]), process.crash)
+        self._later(0.05, process.boot)
 
     # disks
 

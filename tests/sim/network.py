@@ -116,7 +116,8 @@ class SimConnection:
         self.streams: list[SimStream | None] = [None, None]
         self.flying: tuple[deque[bytes], deque[bytes]] = (deque(), deque())
         self._due_s = [0.0, 0.0]
-        self._stalled = [False, False]
+        self._stalled = [False, False]  # by a cut
+        self.held_until_s = [0.0, 0.0]  # this connection alone: a segment was lost, and is sent again much later
 
     def send(self, side: int, data: bytes) -> None:
         """Some pieces, in order."""
@@ -136,7 +137,7 @@ class SimConnection:
     def _schedule(self, side: int) -> None:
         random = self.world.random
         delay = random.choice([0.0002, 0.001, 0.004]) if random.random() < 0.97 else random.uniform(0, 0.1)
-        due_s = max(self._due_s[side], self.world.now_s + delay)
+        due_s = max(self._due_s[side], self.world.now_s + delay, self.held_until_s[side])
         self._due_s[side] = due_s
         self.world.after(due_s - self.world.now_s, lambda: self._arrive(side))
 
@@ -147,6 +148,9 @@ class SimConnection:
         """The first of what ``side`` sent is there."""
         flying = self.flying[side]
         if not flying:
+            return
+        if self.held_until_s[side] > self.world.now_s:
+            self.world.after(self.held_until_s[side] - self.world.now_s, lambda: self._arrive(side))
             return
         sender, receiver = self.processes[side], self.processes[1 - side]
         if self.network.is_cut(sender.name, receiver.name):
@@ -189,6 +193,7 @@ class SimConnection:
         self.flying[1 - side].clear()
         flying = self.flying[side]
         keep = self.world.random.choice([0, len(flying), self.world.random.randint(0, len(flying))])
+        keep = len(flying) if self.held_until_s[side] > self.world.now_s else keep
         while len(flying) > keep:
             flying.pop()
         self._put(side, END)
@@ -235,6 +240,7 @@ class Network:
         self.processes: dict[str, Process] = {}
         self.connections: list[SimConnection] = []
         self.duplicate = 0.0
+        self.late_dials: dict[str, float] = {}  # by process: what it sends on its next connection comes so late
         self._cuts: dict[tuple[str, str], int] = {}  # from, to
         self._old: dict[tuple[str, str], list[bytes]] = {}
 
@@ -268,6 +274,7 @@ class Network:
         """Everything passes, once."""
         self._cuts.clear()
         self._old.clear()
+        self.late_dials.clear()
         self.duplicate = 0.0
         self._wake()
 
@@ -293,6 +300,7 @@ class Network:
             self.connections = [each for each in self.connections if not self._over(each)]
             connection = SimConnection(self, dialler, listener)
             self.connections.append(connection)
+            connection.held_until_s[0] = self.world.now_s + self.late_dials.pop(dialler.name, 0.0)
             wait_s = max(0.0, listener.paused_until_s - self.world.now_s)  # the kernel takes it in the meantime
             self.world.after(wait_s, lambda: listener.take(SimSocket(connection, 1)), listener)
             self.world.after(0.001, lambda: done(SimSocket(connection, 0)), dialler)

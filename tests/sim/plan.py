@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from random import Random
 
 KINDS = (
-    "kill", "kill in mid-step", "kill two", "pause", "power", "site", "cut", "cut one way", "isolate", "reset",
+    "kill", "kill in mid-step", "kill two", "pause", "power", "site", "cut", "cut one way", "isolate", "reset", "late",
     "disk error", "disk broken", "disk full", "flipped bits", "slow disk", "wall clock", "clock rate", "dry run",
     "operator",
 )  # fmt: skip

@@ -28,6 +28,7 @@ Planted = Callable[[], AbstractContextManager[Any]]
 PRODUCTION = Options(story="production", fault_every_s=0.3)
 POWER = Options(story="production", fault_every_s=0.25, faults=("power", "site"))
 SLOW = Options(story="production", threads=12, fault_every_s=0.1, faults=("kill", "kill in mid-step", "slow disk"))
+SLOW_KILLS = Options(story="production", threads=12, fault_every_s=0.1, faults=("kill", "power", "slow disk"))
 SLOW_POWER = Options(story="production", threads=12, fault_every_s=0.12, faults=("power", "slow disk"))
 PLANNED = Options(story="planned", threads=12, faults=())
 
@@ -97,9 +98,23 @@ def validated_from_one_secondary() -> AbstractContextManager[Any]:
     return replaced(Streams, "valid_counter", best)
 
 
-def recovery_without_sync() -> AbstractContextManager[Any]:
-    """Rule 9: what kill -9 left in the page cache counts as durable."""
-    return replaced(Process, "settles", False)
+def recovery_without_sync_at_the_intermediate() -> AbstractContextManager[Any]:
+    """Rule 9: what kill -9 left in its page cache counts as durable."""
+
+    def start(self: IntermediateProcess) -> None:
+        self._open_links()  # before its incarnation is stored, which would sync the same file
+
+    @contextlib.contextmanager
+    def both() -> Iterator[None]:
+        with replaced(IntermediateProcess, "settles", False), replaced(IntermediateProcess, "start", start):
+            yield
+
+    return both()
+
+
+def recovery_without_sync_at_a_secondary() -> AbstractContextManager[Any]:
+    """Rule 9: what kill -9 left in its page cache counts as durable."""
+    return replaced(SecondaryProcess, "settles", False)
 
 
 def serve_before_replay() -> AbstractContextManager[Any]:
@@ -238,7 +253,8 @@ PLANTED: list[tuple[Planted, Options]] = [
     (prepared_before_the_sync, POWER),
     (undurable_records_forwarded, SLOW_POWER),
     (validated_from_one_secondary, PRODUCTION),
-    (recovery_without_sync, SLOW),
+    (recovery_without_sync_at_the_intermediate, SLOW_KILLS),
+    (recovery_without_sync_at_a_secondary, SLOW),
     (serve_before_replay, POWER),
     (drain_without_freeze, PLANNED),
     (trim_ignores_checkpoint, POWER),

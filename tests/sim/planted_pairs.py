@@ -18,10 +18,16 @@ from blockrepl.replication.primary import Phase, Primary
 from blockrepl.replication.resyncing import Resyncing
 from blockrepl.replication.secondary import Secondary
 from blockrepl.replication.suspension import Suspension
-from tests.sim import scenarios
+from tests.sim import scenarios, scenarios_epochs
 from tests.sim.bits import SimBitmaps
 from tests.sim.planted import Planted, replaced
-from tests.sim.planted_links import all_of, checkpoint_number_taken_after_the_sync
+from tests.sim.planted_links import (
+    all_of,
+    checkpoint_number_taken_after_the_sync,
+    cut_tail_is_not_erased,
+    prepared_kept_across_an_epoch,
+    takeover_without_promise,
+)
 
 
 def bit_set_after_its_write() -> AbstractContextManager[Any]:
@@ -222,4 +228,7 @@ PLANTED: list[tuple[Planted, Callable[[], None]]] = [
     (own_bits_forgotten_at_a_resync, scenarios.solo_writes_enter_at_the_end),
     (copied_outside_the_overlap_lock, scenarios.writes_while_copying),
     (checkpoint_number_taken_after_the_sync, scenarios.power_cut_behind_a_checkpoint),
+    (cut_tail_is_not_erased, scenarios_epochs.torn_tail),
+    (takeover_without_promise, scenarios_epochs.late_records_after_a_promise),
+    (prepared_kept_across_an_epoch, scenarios_epochs.takeover_interrupted_behind_a_rollback),
 ]

@@ -56,6 +56,10 @@ class Scenario:
         """Let them go on."""
         self.world.run(self.world.now_s + seconds)
 
+    def disk_takes_all_that_waits(self) -> None:
+        """What is queued at a disk is written before the next sync; usually it is one operation at a time."""
+        self.world.random.randint = lambda a, b: b  # type: ignore[method-assign]
+
     def until(self, done: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
         """Raises Violation when it does not come."""
         if not self.world.run(self.world.now_s + seconds, done):

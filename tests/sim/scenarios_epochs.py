@@ -1,0 +1,97 @@
+"""Named scenarios of torn tails, of takeovers and of epochs; see `scenarios.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from blockrepl.formats.journal import RING_OFFSET
+from blockrepl.replication.opening import Phase as OpeningPhase
+from blockrepl.replication.takeover import Phase as TakeoverPhase
+from blockrepl.replication.takeover import Takeover
+from tests.sim.oracle import demand
+from tests.sim.scenario import Scenario
+
+FRAME = 4096  # of a record of one block
+
+
+def torn_tail() -> None:
+    """Rule 9: power takes the first of two records and leaves the second, which must not come back behind a third."""
+    s = Scenario()
+    s.start()
+    s.quiet(1.0)
+    intermediate, primary = s.group.intermediate, s.group.primary("p1")
+    intermediate.host.journal.inline_bytes = -1
+    intermediate.disk.slow_until_s = s.world.now_s + 5
+    s.disk_takes_all_that_waits()
+    s.write(2, 5)
+    s.quiet(0.01)
+    lost = [s.write(1, 5), s.write(1, 6)]  # while the disk is busy with that one
+    file = intermediate.machine.files["journal"]
+    s.until(lambda: [len(data) for _, _, data in file.pending] == [FRAME, FRAME], "both in the page cache")
+    _, offset, data = file.pending[1]
+    file.platter[offset : offset + FRAME] = data
+    for process in (intermediate, primary):
+        process.cut_power()
+    file.cache[:] = file.platter
+    s.quiet(0.2)
+    for process in (intermediate, primary):
+        process.power_on()
+        process.boot()
+    s.until_joined()
+    s.until(lambda: primary.host.role.serving, "p1 serves")
+    journal = intermediate.host.journal.journal
+    s.given(RING_OFFSET + journal.tail % journal.ring_bytes == offset - FRAME, "the tail was cut before the first")
+    s.written(2, 7)
+    intermediate.crash()
+    intermediate.boot()
+    s.until_equal()
+    demand(not any(s.holds("s1", 1, each.write) for each in lost), "9: a record that was cut came back")
+
+
+def late_records_after_a_promise() -> None:
+    """Rule 23: s1 has promised, and what the old epoch sends comes after that: nothing of it may be prepared."""
+    s = Scenario()
+    s.start()
+    network, finished = s.group.network, list[Takeover]()
+    network.cut("i", "s1", both=False)
+    s.written(1, 5)
+    s.written(2, 5)
+    s.until(lambda: s.group.oracle.prepared["s2"] == s.group.oracle.numbered, "s2 has prepared all")
+    s.group.operate("s1", finished.append)  # it cannot reach the intermediate
+    s.until_said("s1 → s2  PROMISE")
+    s.group.secondary("s2").paused_until_s = s.world.now_s + 0.3
+    s.until_said("s1 → s1  PROMISED")
+    network.heal("i", "s1", both=False)
+    s.quiet(0.05)
+    network.cut("i", "s1", both=False)  # an answer to what s1 ought not to say stays away
+    s.until(lambda: bool(finished), "the end of the takeover")
+    demand(finished[0].phase is TakeoverPhase.DONE, f"23: the takeover fails: {finished[0].problem}")
+
+
+def takeover_interrupted_behind_a_rollback() -> None:
+    """Rule 23: s1 had prepared what a takeover discarded; its node dies, production goes on: s1 is asked again."""
+    s = Scenario()
+    s.start()
+    network, finished = s.group.network, list[Takeover]()
+    network.cut("i", "s2")
+    s.written(2, 5)
+    s.written(1, 5)
+    s.until(lambda: s.group.oracle.prepared["s1"] == s.group.oracle.numbered, "s1 has prepared all")
+    s.group.operate("s2", finished.append)
+    s.until_said("s1 → s2  STORED")
+    opener = s.group.secondary("s2")
+    opener.crash()
+    opener.boot()
+    network.heal("i", "s2")
+    s.given(s.group.secondary("s1").host.role.held < s.group.oracle.numbered, "s1 has discarded it")
+    intermediate = s.group.intermediate.host.role
+    s.until(lambda: intermediate.phase is OpeningPhase.SERVING and intermediate.streams.all_ready, "production")
+    network.cut("i", "s1", both=False)
+    s.quiet(0.3)
+    network.heal("i", "s1", both=False)
+    s.until_equal()
+
+
+SCENARIOS: list[Callable[[], None]] = [
+    torn_tail, late_records_after_a_promise, takeover_interrupted_behind_a_rollback,
+]  # fmt: skip
