@@ -81,6 +81,13 @@ class Bitmap:
         self.changed.update(range(start // PAGE_BYTES, (start + len(bits) - 1) // PAGE_BYTES + 1))
         return True
 
+    def grow(self, size_bytes: int) -> None:
+        """The volume is larger now; what is new is clear. In place: whoever holds this bitmap has the larger one."""
+        assert size_bytes >= self.size_bytes
+        self.size_bytes = size_bytes
+        self.blocks = -(-size_bytes // self.block_bytes)
+        self.bits.extend(bytes(-(-self.blocks // 8) - len(self.bits)))
+
     def fill(self) -> None:
         """Set every bit."""
         self.merge(0, b"\xff" * len(self.bits))

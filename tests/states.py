@@ -13,6 +13,7 @@ MACHINES = [
     ("primary", "The primary", "replication/primary.py (its parts: suspension.py, resyncing.py)"),
     ("opening", "The intermediate: epochs", "replication/opening.py"),
     ("pairing", "The intermediate: the pair", "replication/pairing.py"),
+    ("configuring", "The intermediate: the configuration", "replication/configuring.py"),
     ("secondary_epochs", "The secondary: epochs", "replication/secondary_epochs.py"),
     ("copying", "The secondary: copies", "replication/copying.py"),
     ("takeover", "The opener of a takeover", "replication/takeover.py"),

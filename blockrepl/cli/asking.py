@@ -72,3 +72,9 @@ def volume_entry(status: Message, name: str) -> Message | None:
         if entry.get("name") == name:
             return dict(entry)
     return None
+
+
+def size_now(volume: Volume, statuses: dict[str, Message]) -> int:
+    """What hosts see of a volume: as its nodes say, else as the definition does."""
+    entries = [volume_entry(statuses.get(name, {}), volume.name) for name in (volume.primary, volume.secondary)]
+    return next((int(each["size_bytes"]) for each in entries if each and "size_bytes" in each), volume.size_bytes)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
-from blockrepl.cli.asking import node_statuses, volume_entry
+from blockrepl.cli.asking import node_statuses, size_now, volume_entry
 from blockrepl.cli.output import bytes_text, console
 from blockrepl.definition import Definition, Node, Volume
 from blockrepl.node.control_messages import Message
@@ -71,7 +71,7 @@ def _volume(definition: Definition, volume: Volume, statuses: dict[str, Message]
             attached.append(str(entry["attached"]))
     return {
         "name": volume.name,
-        "size_bytes": volume.size_bytes,
+        "size_bytes": size_now(volume, statuses),
         "primary": volume.primary,
         "secondary": volume.secondary,
         "exports": exports,

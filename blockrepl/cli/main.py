@@ -9,6 +9,7 @@ import typer
 
 import blockrepl
 from blockrepl.cli import (
+    adjust,
     bitmap,
     config,
     copies,
@@ -57,6 +58,7 @@ for command in (
     lifecycle.down,
     lifecycle.serve,
     lifecycle.ls,
+    adjust.adjust,
     devices.attach,
     devices.detach,
     status.status,

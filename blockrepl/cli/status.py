@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from blockrepl.cli.asking import node_statuses, volume_entry
+from blockrepl.cli.asking import node_statuses, size_now, volume_entry
 from blockrepl.cli.groups import group_pair, intermediate, resync_progress, sources
 from blockrepl.cli.output import bytes_text, console, number_text, print_json
 from blockrepl.cli.targets import File, Json, find
@@ -95,7 +95,7 @@ def _volume(definition: Definition, volume: Volume, nodes: dict[str, Message]) -
         ends[role] = {"node": name, "state": entry.get("state") or nodes[name].get("state")}
         ends[role] |= {key: entry.get(key) for key in ("role", "active", "attached", "nbd", "iscsi")}
     lag = _lag(definition, volume, nodes)
-    return {"name": volume.name, "id": volume.id, "size_bytes": volume.size_bytes, **ends, "lag": lag}
+    return {"name": volume.name, "id": volume.id, "size_bytes": size_now(volume, nodes), **ends, "lag": lag}
 
 
 def _lag(definition: Definition, volume: Volume, nodes: dict[str, Message]) -> Message | None:
@@ -191,6 +191,9 @@ def _remarks(document: Message) -> list[Text]:
     for node in document["nodes"]:
         if "error" in node:
             remarks.append(Text(f"{node['node']}: {node['error']}", style="red"))
+        for text in (node.get("config") or {}).get("differs") or ():
+            said = f"{node['node']}: the definition says otherwise: {text}"
+            remarks.append(Text(said, style="yellow"))
         if reason := node.get("reason"):
             remarks.append(Text(f"{node['node']}: {reason}", style="yellow"))
         on_its_own = node.get("state") in ("fenced", "taken over")

@@ -5,9 +5,10 @@ once; behind it nobody checks again. `check` gives every problem of a file inste
 
 ``model`` has the tables of a file and look-ups in them, ``values`` sizes and addresses, ``iscsi`` what belongs to the
 iSCSI target, ``shape`` turns a wrong key or type into a message, ``checks`` finds what is wrong in a file of the right
-shape, ``reading`` joins them.
+shape, ``reading`` joins them; ``configuration`` is what of it can change while the group runs, ``changes`` how.
 """
 
+from blockrepl.definition.configuration import Configuration, configuration_from, configuration_of
 from blockrepl.definition.model import NO_SECONDARY, Definition, Group, Node, Policy, Role, Volume
 from blockrepl.definition.reading import check, load
 from blockrepl.definition.values import Address, Size, parse_address, parse_size
@@ -15,6 +16,7 @@ from blockrepl.definition.values import Address, Size, parse_address, parse_size
 __all__ = [
     "NO_SECONDARY",
     "Address",
+    "Configuration",
     "Definition",
     "Group",
     "Node",
@@ -23,6 +25,8 @@ __all__ = [
     "Size",
     "Volume",
     "check",
+    "configuration_from",
+    "configuration_of",
     "load",
     "parse_address",
     "parse_size",

@@ -77,6 +77,7 @@ class Message(IntEnum):
     SPLIT = 36  # I → S: the group is split at a number
     REJOIN = 37  # I → S: stop writing to S-VOLs, say what was written since the split
     REJOINED = 38  # S → I
+    CONFIG = 39  # P, S → I: the newest one that it has files for; I → P: one is in effect, its record is validated
 
 
 BULK = frozenset({Message.BATCH, Message.RECORD})
@@ -240,6 +241,7 @@ _bodies: dict[int, Any] = {
     ),
     Message.COPIED: Struct("id" / Int64ub),
     Message.RESYNCED: Struct("id" / Int64ub),
+    Message.CONFIG: Struct("digest" / Int64ub, "number" / Int64ub),
     Message.SPLIT: Struct("number" / Int64ub, "writable" / Flag),
     Message.REJOIN: Struct("number" / Int64ub),  # where the resync to come would go back to
     Message.REJOINED: Struct("number" / Int64ub),

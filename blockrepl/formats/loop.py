@@ -20,6 +20,7 @@ class Ioctl(IntEnum):
     CLR_FD = 0x4C01
     SET_STATUS64 = 0x4C04
     GET_STATUS64 = 0x4C05
+    SET_CAPACITY = 0x4C07
     CONFIGURE = 0x4C0A
     CTL_GET_FREE = 0x4C82
 

@@ -73,7 +73,7 @@ assert INTERMEDIATE_PART.size == HEADER_BYTES - PRIMARY_PART_BYTES
 assert ENTRY.size == ENTRY_BYTES
 _CRC = struct.Struct(">I")
 _EMPTY_PART = bytes(HEADER_BYTES - PRIMARY_PART_BYTES)
-OP_CONTROL = 6  # the one entry of a START or END
+OP_CONTROL = 6  # the one entry of a START, END or CONFIG
 _WITH_PAYLOAD, _OTHERS = (int(Op.WRITE), int(Op.METADATA)), (int(Op.ZERO), int(Op.TRIM), OP_CONTROL)
 OP_DIGEST = 4  # an entry whose payload is a digest of the block at this number (PROTOCOL, rule 19)
 
@@ -85,6 +85,7 @@ class RecordKind(IntEnum):
     DIGEST = 2  # verify: digests, nothing to store
     START = 3  # a resync begins in this stream; made by the intermediate (PROTOCOL, rules 19 and 20)
     END = 4  # … and has ended
+    CONFIG = 6  # a configuration takes effect (PROTOCOL, rule 26); made by the intermediate, one in each stream
     MARKER = 5  # a name that an application put into the order; made by the intermediate, one in each stream
 
 
@@ -176,9 +177,9 @@ def encode_record(
 def control_record(
     kind: RecordKind, group: bytes, sender: int, stream: int, incarnation: int, number: int, flags: int = 0
 ) -> bytearray:
-    """A whole START or END, made by the intermediate ``sender`` itself; ``number`` stands in its entry's offset.
+    """A whole START, END or CONFIG, made by the intermediate ``sender``; ``number`` stands in its entry's offset.
 
-    START: the number that the secondaries would go back to. END: the number of the START.
+    START: the number that the secondaries would go back to. END: the number of the START. CONFIG: the digest.
     """
     record, _ = encode_record(
         kind, group, sender, stream, incarnation, 0, 0, [OP_CONTROL], [0], [number], [0], [None], 0, flags

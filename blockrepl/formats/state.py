@@ -15,7 +15,7 @@ from construct.core import ConstructError
 from blockrepl.errors import DamagedError
 from blockrepl.formats.link import NO_EPOCH, Epoch, Pair, epoch_id
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 REFORMS_MAX = 16  # promised ones that are remembered
 HISTORY_MAX = 64  # openings remembered; older ones explain nothing any more
 
@@ -74,6 +74,9 @@ _intermediate = Struct(
     "filled" / Flag,
     "filling" / Flag,
     "reforms" / PrefixedArray(Int16ub, epoch_id),
+    "config" / Int64ub,
+    "config_number" / Int64ub,
+    "configured" / Flag,
 )
 _secondary = Struct(
     "version" / Const(STATE_VERSION, Int8ub),
@@ -161,6 +164,9 @@ class IntermediateState:
     filled: bool = False  # the intermediate volumes lack nothing but what bits of primaries say
     filling: bool = False  # the resync under way compares all of them
     reforms: list[Epoch] = field(default_factory=list)  # promised for a swap or replacement: some may have stored them
+    config: int = 0  # digest of the configuration in effect, or on its way
+    config_number: int = 0  # of the last of its records
+    configured: bool = False  # validated: in effect whatever happens
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from blockrepl.chunks import Chunk
 from blockrepl.errors import StorageError
-from blockrepl.formats.record import RecordHead, RecordKind, check_record, iterate_entries
+from blockrepl.formats.record import RecordHead, RecordKind, check_record, control_number, iterate_entries
 from blockrepl.node.digests import digest_range
 from blockrepl.node.ports import Image, UndoStore, Workers
 from blockrepl.node.store import store_record
@@ -21,7 +21,7 @@ from blockrepl.storage.undo_file import NO_SPACE
 
 SLICE_BYTES = 8 << 20  # what is applied before the loop gets its turn
 FRAME_BLOCKS = 4096  # blocks that one frame of undo may name, at most
-_UPDATE, _DIGEST = int(RecordKind.UPDATE), int(RecordKind.DIGEST)
+_UPDATE, _DIGEST, _CONFIG = int(RecordKind.UPDATE), int(RecordKind.DIGEST), int(RecordKind.CONFIG)
 _ZEROES = bytes(64 << 10)
 
 
@@ -53,6 +53,7 @@ class Applier:
         self.last_ns = 0  # when the last record applied was numbered
         self.on_applied: Callable[[int], None] = lambda _: None
         self.on_digested: Callable[[dict[str, Any]], None] = lambda _: None
+        self.on_config: Callable[[int, int], None] = lambda _digest, _number: None  # raises StorageError
         self.on_failed: Callable[[str], None] = lambda _: None
         self.on_paused: Callable[[str], None] = lambda _: None
         self.settle: Callable[[], None] = lambda: None
@@ -163,7 +164,9 @@ class Applier:
                 self._sync.touch(store_record(self._images, head, record))
             elif head.kind == _DIGEST:
                 self._compare(head, record)
-        except OSError as error:
+            elif head.kind == _CONFIG:
+                self.on_config(control_number(record), head.last)
+        except (OSError, StorageError) as error:
             self.on_failed(f"cannot store record {head.first}: {error}")
             return False
         return True

@@ -10,11 +10,15 @@ import os
 from abc import ABC, abstractmethod
 from typing import Any
 
+from msgspec import to_builtins
+
 from blockrepl.chunks import ChunkPool
-from blockrepl.definition import Definition, Node
-from blockrepl.errors import InUseError, MissingError, UsageError
+from blockrepl.definition import Configuration, Definition, Node, configuration_from
+from blockrepl.definition.changes import differs, fixed_facts
+from blockrepl.errors import InUseError, MissingError, TimeoutExpiredError, UsageError
 from blockrepl.formats.link import Epoch
 from blockrepl.node.asyncio_ports import SystemClock, ThreadWorkers
+from blockrepl.node.config_file import ConfigFile
 from blockrepl.node.control import ControlServer, Handler, Progress
 from blockrepl.node.links import LinkTable
 from blockrepl.replication.policy import Policy
@@ -24,6 +28,8 @@ from blockrepl.storage.journal_file import JournalFile
 log = logging.getLogger("blockrepl.node")
 LOCK_NAME = "lock"
 LAST_SAVE_S = 5.0
+CONFIG_WAIT_S = 10.0  # for what all nodes together bring about
+CONFIG_POLL_S = 0.02
 MAX_WRITE_BYTES = 32 << 20
 
 
@@ -80,7 +86,6 @@ class NodeBase(ABC):
     tick_s = 0.05
 
     def __init__(self, definition: Definition, node: Node) -> None:
-        self.definition = definition
         self.node = node
         self.loop = asyncio.get_running_loop()
         self.pool = ChunkPool()
@@ -90,6 +95,9 @@ class NodeBase(ABC):
         self.links = LinkTable(self.pool)
         self.stopping = asyncio.Event()
         self._lock_fd = lock_directory(node)
+        self._written = definition
+        self.config = ConfigFile.open(definition, node)
+        self.definition = self.config.effective.applied_to(definition)
         self._control: ControlServer | None = None
         self._ticker: asyncio.TimerHandle | None = None
 
@@ -138,10 +146,79 @@ class NodeBase(ABC):
     def status(self) -> dict[str, Any]:
         """What docs/status.md says, without the parts common to all roles."""
 
+    # configuration
+
+    @property
+    def held(self) -> Definition:
+        """The definition that the node's files are made for: in effect, or prepared."""
+        return self.config.held.applied_to(self._written)
+
+    def prepare(self, configuration: Configuration) -> None:
+        """Make files for a configuration that is to take effect. Can be repeated. Raises UsageError, StorageError."""
+        self.check_prepared(configuration)
+        self.config.prepare(configuration)
+        self.enlarge()
+        self.prepared()
+
+    def check_prepared(self, configuration: Configuration) -> None:
+        """Whether `prepare` may begin. Raises UsageError."""
+        configuration.applied_to(self._written)
+        rows = {row.id: row for row in configuration.volumes}
+        held = {row.id: row for row in self.config.held.volumes}
+        if set(rows) != set(held):
+            raise UsageError(
+                "volumes are not added to a running group, or removed", hint="see: blockrepl adjust --dry-run"
+            )
+        for number, row in rows.items():
+            if row.size < held[number].size:
+                raise UsageError(
+                    f"{self.node.name} has files for {held[number].size} bytes of volume {row.name} already",
+                    hint=f'write size = "{held[number].size}" or more',
+                )
+
+    def take(self, digest: int, number: int) -> None:
+        """A configuration is in effect from ``number`` on. Raises StorageError."""
+        if self.config.take(digest, number):
+            self.definition = self.config.effective.applied_to(self._written)
+            log.info("configuration %016x is in effect from number %d on", digest, number)
+            self.took()
+            self.prepared()
+
+    @abstractmethod
+    def enlarge(self) -> None:
+        """Make the files as large as `held` says. Raises StorageError."""
+
+    @abstractmethod
+    def prepared(self) -> None:
+        """Tell the roles which configuration the files are made for."""
+
+    @abstractmethod
+    def took(self) -> None:
+        """Another configuration is in effect: hosts see what it says."""
+
     # control
 
     def _handlers(self) -> dict[str, Handler]:
-        return {"status": self._status, "stop": self._stop}
+        return {
+            "status": self._status, "stop": self._stop, "config": self._config, "config_prepare": self._config_prepare,
+            "config_wait": self._config_wait,
+        }  # fmt: skip
+
+    async def _config(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        return {
+            "node": self.node.name, "number": self.config.number, "configuration": to_builtins(self.config.effective),
+            "digest": self.config.effective.digest,
+            "prepared": self.config.prepared.digest if self.config.prepared is not None else None,
+            "fixed": fixed_facts(self._written),
+        }  # fmt: skip
+
+    async def _config_prepare(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        configuration = configuration_from(args.get("configuration"))
+        if args.get("dry_run"):
+            self.check_prepared(configuration)
+        else:
+            self.prepare(configuration)
+        return {"digest": configuration.digest}
 
     async def _status(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
         common = {
@@ -150,8 +227,24 @@ class NodeBase(ABC):
             "node": self.node.name,
             "role": self.node.role,
             "pid": os.getpid(),
-        }
+            "config": {
+                "digest": f"{self.config.effective.digest:016x}", "number": self.config.number,
+                "prepared": f"{self.config.prepared.digest:016x}" if self.config.prepared is not None else None,
+                "differs": differs(self.config.effective, self._written),
+            },
+        }  # fmt: skip
         return {**common, **self.status()}
+
+    async def _config_wait(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        """Until a configuration is in effect here. Raises TimeoutExpiredError."""
+        deadline_s = self.clock.now_s() + CONFIG_WAIT_S
+        while self.config.effective.digest != args.get("digest"):
+            if self.clock.now_s() > deadline_s:
+                raise TimeoutExpiredError(
+                    f"{self.node.name} has not come to the configuration yet", hint="see: blockrepl status"
+                )
+            await asyncio.sleep(CONFIG_POLL_S)
+        return {"number": self.config.number}
 
     async def _stop(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
         self.stopping.set()

@@ -51,6 +51,18 @@ class NodeBitmaps:
         }
         return cls(files, disk)
 
+    @staticmethod
+    def enlarge(definition: Definition, node: Node) -> None:
+        """Before `open`: finish what a crash cut short. Raises StorageError and its kin."""
+        for volume in bitmapped(definition, node):
+            if bitmap_path(node, volume).exists():
+                BitmapFile.enlarge(bitmap_path(node, volume), bitmap_identity(definition, node, volume))
+
+    def grow(self, definition: Definition, node: Node) -> None:
+        """As large as the volumes of ``definition``. Raises StorageError."""
+        for volume in bitmapped(definition, node):
+            self._files[volume.id].grow(bitmap_identity(definition, node, volume))
+
     def on_failed(self, call: Callable[[StorageError], None]) -> None:
         """Call when one of the files fails."""
         for file in self._files.values():

@@ -20,6 +20,7 @@ from blockrepl.formats.state import (
     encode_secondary,
 )
 from blockrepl.node.bitmaps import bitmap_identity, bitmap_path, bitmapped
+from blockrepl.node.config_file import CONFIG_NAME, ConfigFile
 from blockrepl.storage.bitmap_file import BitmapFile
 from blockrepl.storage.image import ImageFile, ImageIdentity, holds_data, identity_path, write_durably
 from blockrepl.storage.journal_file import JournalFile
@@ -63,6 +64,19 @@ def images_of(definition: Definition, node: Node) -> list[tuple[Volume, Side]]:
         (volume, Side.PRIMARY if volume.primary == node.name else Side.SECONDARY)
         for volume in definition.volumes_at(node.name)
     ]
+
+
+def open_images(definition: Definition, node: Node) -> dict[int, ImageFile]:
+    """Those of a node, by volume id, as large as ``definition`` says: a growth that a crash cut short is finished.
+
+    Raises MissingError, IdentityError, InUseError, DamagedError, StorageError.
+    """
+    images = {}
+    for volume, side in images_of(definition, node):
+        path, who = image_path(node, volume), image_identity(definition, volume, node, side)
+        ImageFile.enlarge(path, who)
+        images[volume.id] = ImageFile.open(path, who)
+    return images
 
 
 def state_files(definition: Definition, node: Node) -> list[Path]:
@@ -113,6 +127,8 @@ def create(definition: Definition, node: Node, *, adopt: bool = False) -> list[s
             suspended = bool(_replicated(definition, adopted))
             _create_state(definition, node, path, suspended=suspended, filled=filled)
             made.append(path)
+        if wanted or not (node.directory / CONFIG_NAME).exists():
+            made.append(ConfigFile.create(definition, node))
     except BaseException:
         for path in made:
             with contextlib.suppress(OSError):

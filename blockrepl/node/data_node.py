@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from blockrepl.chunks import Chunk
-from blockrepl.definition import Definition, Node
+from blockrepl.definition import Configuration, Definition, Node
 from blockrepl.errors import ProtocolError, StorageError, UsageError
 from blockrepl.node.base import NodeBase, history_json, volume_argument
 from blockrepl.node.bitmap_report import bitmap_report, open_writes
 from blockrepl.node.bitmaps import NodeBitmaps
 from blockrepl.node.control import Handler, Progress
-from blockrepl.node.create import STATE_NAME, image_identity, image_path, images_of, state_identity
+from blockrepl.node.create import STATE_NAME, images_of, open_images, state_identity
 from blockrepl.node.data_status import source_pair, source_status, target_pair, target_status
 from blockrepl.node.exports import Exports
 from blockrepl.node.links import Listener
@@ -31,7 +31,6 @@ from blockrepl.node.target import Target
 from blockrepl.node.verify_run import VerifyRun
 from blockrepl.replication import primary, secondary
 from blockrepl.replication.actions import BecomeSource
-from blockrepl.storage.image import ImageFile
 from blockrepl.storage.plain import PlainVolume
 from blockrepl.storage.slot_file import SlotFile
 from blockrepl.storage.split_volume import SplitVolume
@@ -45,13 +44,12 @@ class DataNode(NodeBase):
         super().__init__(definition, node)
         self._alone = alone
         self.links.router = self
+        definition, held = self.definition, self.held
         self.exports = Exports(definition, node, self.pool)
         self._volumes = definition.volumes_at(node.name)
         self._paired = [volume for volume in self._volumes if volume.replicated]
-        self._images = {
-            volume.id: ImageFile.open(image_path(node, volume), image_identity(definition, volume, node, side))
-            for volume, side in images_of(definition, node)
-        }
+        self._images = open_images(held, node)
+        self._show_sizes()
         self.target: Target | None = None
         self.source: Source | None = None
         self._verify_run: VerifyRun | None = None
@@ -59,7 +57,8 @@ class DataNode(NodeBase):
         self._opener: OpenerRun | None = None
         if self._paired:
             self._state_file = SlotFile.open(node.directory / STATE_NAME, state_identity(definition, node))
-            self._bitmaps = NodeBitmaps.open(definition, node, self.disk)
+            NodeBitmaps.enlarge(held, node)
+            self._bitmaps = NodeBitmaps.open(held, node, self.disk)
             self._bitmaps.on_failed(self._bits_failed)
             self.target = Target(self, {volume.id: self._images[volume.id] for volume in self._paired}, self._bitmaps)
             self.target.host.on_active = self._activated
@@ -67,10 +66,12 @@ class DataNode(NodeBase):
             self.target.host.on_withdraw = self._withdraw
             self.target.host.on_source = self._stay_source
             self.target.host.on_target = self._become_target
+            self.target.host.applier.on_config = self.take
             self.target.host.role.trusted = lambda: self.source is None or self.source.trusted
             self.target.host.role.alone = lambda: self.source is not None and self.source.alone
             if self._active:
                 self._become_source()
+        self.prepared()
 
     @property
     def _active(self) -> bool:
@@ -129,6 +130,46 @@ class DataNode(NodeBase):
             return self.source.host.role.phase is primary.Phase.FAILED
         return self.target is not None and self.target.host.role.phase is secondary.Phase.FAILED
 
+    # configuration
+
+    def check_prepared(self, configuration: Configuration) -> None:
+        super().check_prepared(configuration)
+        if self.target is not None and self.target.host.undo.undo is not None:
+            raise UsageError(f"{self.node.name} is still ending a copy", hint="try again in a moment")
+
+    def enlarge(self) -> None:
+        held = self.held
+        for volume, _ in images_of(held, self.node):
+            self._images[volume.id].grow(volume.size_bytes)
+        if self.target is not None:
+            self._bitmaps.grow(held, self.node)
+            self.target.enlarge({volume.id: volume.size_bytes for volume in held.volumes_at(self.node.name)})
+
+    def prepared(self) -> None:
+        digest = self.config.held.digest
+        if self.target is not None:
+            self.target.host.role.prepared_for(digest)
+        if self.source is not None:
+            self.source.host.role.prepared_for(digest)
+
+    def _told_config(self, digest: int, number: int) -> None:
+        try:
+            self.take(digest, number)
+        except StorageError as error:
+            assert self.source is not None
+            self.source.host.fail(str(error))
+
+    def took(self) -> None:
+        self._volumes = self.definition.volumes_at(self.node.name)
+        self._paired[:] = [volume for volume in self._volumes if volume.replicated]
+        self._show_sizes()
+        self.exports.reconfigure(self.definition)
+
+    def _show_sizes(self) -> None:
+        """What hosts see; the files may be prepared for more."""
+        for volume in self._volumes:
+            self._images[volume.id].size_bytes = volume.size_bytes
+
     # role changes
 
     def _become_source(self) -> None:
@@ -141,6 +182,8 @@ class DataNode(NodeBase):
         beside = self.target.host.role
         self.source.host.role.suspension.bound = lambda: beside.state.promised
         self._verify_run = VerifyRun(self.source.host)
+        self.source.host.on_config = self._told_config
+        self.prepared()
 
     def _activated(self) -> None:
         """Taken over, or not turned into a target after all: hosts may use the volumes."""
@@ -247,7 +290,7 @@ class DataNode(NodeBase):
     def handlers(self) -> dict[str, Handler]:
         return {
             **self.exports.handlers(), "takeover": self._take_over, "reform": self._reform, "verify": self._verify,
-            "bitmap": self._bitmap,
+            "bitmap": self._bitmap, "configure": self._configure,
         }  # fmt: skip
 
     async def _take_over(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
@@ -300,6 +343,13 @@ class DataNode(NodeBase):
             "trusted": self.source is None or self.source.trusted,
             "open_writes": open_writes(role, names) if role is not None and not role.state.suspended else [],
         }
+
+    async def _configure(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        """In a group of plain volumes there is no order: it takes effect at once."""
+        if self.definition.replicated:
+            raise UsageError("the intermediate gives the number", hint="blockrepl adjust")
+        self.take(int(args.get("digest") or 0), 0)
+        return {"number": 0}
 
     async def _verify(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
         if self._verify_run is None:

@@ -50,6 +50,18 @@ class Exports:
         if self._iscsi is not None:
             await self._iscsi.listen()
 
+    def reconfigure(self, definition: Definition) -> None:
+        """Volumes may have grown: new NBD connections see it; loop devices and iSCSI initiators are told."""
+        self._definition = definition
+        for name, served in self.volumes.items():
+            size_bytes = definition.volume(name).size_bytes
+            if served.size_bytes != size_bytes:
+                served.size_bytes = size_bytes
+                if self._loop is not None:
+                    self._loop.resize(name)
+        if self._iscsi is not None:
+            self._iscsi.reconfigure(definition)
+
     def settle(self, *, failed: bool, following: bool) -> None:
         """Tell what is published whether it is served or not: at each tick. ``failed``: the node's pairs are; its
         plain volumes are not. ``following``: another node serves."""

@@ -40,6 +40,7 @@ from blockrepl.replication.actions import (
     SaveBits,
     SaveState,
     Spill,
+    TakeConfig,
     Transmit,
 )
 from blockrepl.replication.intermediate import Intermediate
@@ -94,6 +95,7 @@ class IntermediateHost(Host):
         self.role = role
         self.journal = journal
         self.on_reformed: Callable[[], None] = lambda: None  # the owner builds role and host anew
+        self.on_config: Callable[[int, int], None] = lambda _digest, _number: None
         self._save_bits = save_bits
         self._spills = spills
         self.volumes = volumes
@@ -114,6 +116,7 @@ class IntermediateHost(Host):
             Spill: self._spill,
             DropSpill: self._drop_spill,
             Reformed: lambda _action: self.on_reformed(),
+            TakeConfig: lambda action: self.on_config(action.digest, action.number),
         }
         self._undurable: deque[Kept] = deque()
         self._unfit: deque[Append] = deque()  # appended when the ring has room again

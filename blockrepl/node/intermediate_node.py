@@ -14,7 +14,15 @@ from blockrepl.errors import ProtocolError, StorageError, UsageError
 from blockrepl.formats.link import Message
 from blockrepl.formats.state import IntermediateState, decode_intermediate, encode_intermediate
 from blockrepl.node.asyncio_ports import log_event
-from blockrepl.node.base import NodeBase, epoch_json, history_json, policy_of, save_last
+from blockrepl.node.base import (
+    CONFIG_POLL_S,
+    CONFIG_WAIT_S,
+    NodeBase,
+    epoch_json,
+    history_json,
+    policy_of,
+    save_last,
+)
 from blockrepl.node.bitmap_report import bitmap_report
 from blockrepl.node.bitmaps import NodeBitmaps
 from blockrepl.node.control import Handler, Progress
@@ -41,8 +49,10 @@ class IntermediateNode(NodeBase):
     def __init__(self, definition: Definition, node: Node, *, alone: bool) -> None:
         super().__init__(definition, node)
         self.links.router = self
-        self._bitmaps = NodeBitmaps.open(definition, node, self.disk)
-        self._own = OwnImages(definition, node, self.disk, self.pool)
+        held = self.held
+        NodeBitmaps.enlarge(held, node)
+        self._bitmaps = NodeBitmaps.open(held, node, self.disk)
+        self._own = OwnImages(self.definition, held, node, self.disk, self.pool)
         self._published: asyncio.Task[None] | None = None
         self._round_timer: asyncio.TimerHandle | None = None
         self._listener = Listener(self.links)
@@ -66,6 +76,7 @@ class IntermediateNode(NodeBase):
         self._own.settle_mode(state)
         role = self._role(state, alone=alone)
         reading.tell_intermediate(role)
+        self._settle_config(role)
         log_event(f"journal recovered: {len(reading.heads)} records, up to {role.numbered}", {})
         host = self._host(role, journal)
         if host.volumes is not None:
@@ -107,6 +118,7 @@ class IntermediateNode(NodeBase):
     def _adopt(self, host: IntermediateHost) -> None:
         """This host is the node's from now on."""
         self.host = host
+        host.on_config = self._take
         host.on_round_due = self._arm
         host.on_reformed = self._reformed
         self._lags = {node: LagMeter() for node in host.role.streams.by_node}
@@ -124,8 +136,52 @@ class IntermediateNode(NodeBase):
         self.links.close_all()
         role = self._role(decode_intermediate(encode_intermediate(old.role.durable_state())))
         role.start()
+        self._settle_config(role)
         self._adopt(self._host(role, old.journal))
         self._dial()
+
+    # configuration
+
+    def _settle_config(self, role: Intermediate) -> None:
+        """At a start: the journal's state says what is in effect; the file may not have heard of it."""
+        role.configuring.adopt(self.config.effective.digest)
+        if role.state.configured:
+            self.take(role.state.config, role.state.config_number)
+
+    def _take(self, digest: int, number: int) -> None:
+        try:
+            self.take(digest, number)
+        except StorageError as error:
+            self.host.fail(str(error))
+
+    def enlarge(self) -> None:
+        held = self.held
+        self._bitmaps.grow(held, self.node)
+        self._own.enlarge(held)
+
+    def prepared(self) -> None:
+        pass  # its own role asks nobody
+
+    def took(self) -> None:
+        self._own.reconfigure(self.definition)
+
+    async def _configure(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        """Everybody has files for it: let it take effect. The answer comes when it has, or cannot now."""
+        digest = int(args.get("digest") or 0)
+        if digest != self.config.held.digest:
+            raise UsageError(f"{self.node.name} is not prepared for it", hint="blockrepl adjust")
+        deadline_s = self.clock.now_s() + CONFIG_WAIT_S
+        while self.config.effective.digest != digest or self.config.prepared is not None:
+            configuring = self.host.role.configuring
+            if self.clock.now_s() > deadline_s or not configuring.unprepared(digest):
+                self.host.perform(configuring.configure(digest))
+                self.host.settle()
+            if self.clock.now_s() > deadline_s:
+                raise UsageError(
+                    f"the configuration is {configuring.step.value}", hint="see blockrepl status, then adjust again"
+                )
+            await asyncio.sleep(CONFIG_POLL_S)
+        return {"number": self.config.number}
 
     # life
 
@@ -224,7 +280,7 @@ class IntermediateNode(NodeBase):
         return {
             "pair_split": self._split, "pair_resync": self._resync, "pair_create": self._create,
             "pair_delete": self._delete, "exclude": self._exclude, "include": self._include, "bitmap": self._bitmap,
-            "marker_put": self._put_marker, "marker": self._marker,
+            "marker_put": self._put_marker, "marker": self._marker, "configure": self._configure,
         }  # fmt: skip
 
     async def _split(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:

@@ -81,6 +81,14 @@ class IscsiExports:
                 unit.check_size()
             unit.other_paths.update(self._other_paths(defined, serving=volume is not None))
 
+    def reconfigure(self, definition: Definition) -> None:
+        """Volumes may have grown: initiators hear of it, through paths that do not serve too."""
+        self._definition = definition
+        for name, (_, unit) in list(self._units.items()):
+            volume = definition.volume(name)
+            self._units[name] = volume, unit
+            unit.resized(volume.size_bytes)
+
     def _other_paths(self, volume: DefinedVolume, *, serving: bool) -> dict[int, int]:
         """States of the other node's port group, as far as they can be known here."""
         if not volume.replicated:

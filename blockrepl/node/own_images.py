@@ -10,9 +10,8 @@ from blockrepl.definition import Definition, Node
 from blockrepl.errors import UsageError
 from blockrepl.formats.link import Pair
 from blockrepl.formats.state import IntermediateState
-from blockrepl.node.create import UNFILLED_NAME, image_identity, image_path, images_of
+from blockrepl.node.create import UNFILLED_NAME, images_of, open_images
 from blockrepl.storage.executor import DiskThread
-from blockrepl.storage.image import ImageFile
 from blockrepl.storage.plain import PlainVolume
 
 if TYPE_CHECKING:
@@ -38,8 +37,11 @@ def settle_mode(state: IntermediateState, *, kept: bool, younger: bool) -> None:
 class OwnImages:
     """By volume id; none in journal mode."""
 
-    def __init__(self, definition: Definition, node: Node, disk: DiskThread, pool: ChunkPool) -> None:
-        """Open them. Raises MissingError, IdentityError, DamagedError, InUseError, StorageError."""
+    def __init__(self, definition: Definition, held: Definition, node: Node, disk: DiskThread, pool: ChunkPool) -> None:
+        """Open them; their files are made for ``held``.
+
+        Raises MissingError, IdentityError, DamagedError, InUseError, StorageError.
+        """
         self.kept = definition.volumes_mode
         self._exports: Exports | None = None
         if self.kept:  # without them it starts without the front ends' modules
@@ -49,10 +51,25 @@ class OwnImages:
         self._disk = disk
         self._note = node.directory / UNFILLED_NAME
         self._volumes = {volume.id: volume for volume, _ in images_of(definition, node)}
-        self.images = {
-            volume.id: ImageFile.open(image_path(node, volume), image_identity(definition, volume, node, side))
-            for volume, side in images_of(definition, node)
-        }
+        self._node = node
+        self.images = open_images(held, node)
+        self._show_sizes()
+
+    def _show_sizes(self) -> None:
+        for number, volume in self._volumes.items():
+            self.images[number].size_bytes = volume.size_bytes
+
+    def enlarge(self, held: Definition) -> None:
+        """Make them as large as the volumes of ``held``. Raises StorageError."""
+        for volume, _ in images_of(held, self._node):
+            self.images[volume.id].grow(volume.size_bytes)
+
+    def reconfigure(self, definition: Definition) -> None:
+        """Who looks at them sees what ``definition`` says."""
+        self._volumes = {volume.id: volume for volume, _ in images_of(definition, self._node)}
+        self._show_sizes()
+        if self._exports is not None:
+            self._exports.reconfigure(definition)
 
     def settle_mode(self, state: IntermediateState) -> None:
         """What the mode of this start means for ``state``, which is stored before anything is numbered.

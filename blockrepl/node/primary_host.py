@@ -28,6 +28,7 @@ from blockrepl.replication.actions import (
     StoreBatch,
     StoreRecord,
     SyncVolumes,
+    TakeConfig,
 )
 from blockrepl.replication.primary import Phase, Primary
 
@@ -58,6 +59,7 @@ class PrimaryHost(Host):
         self.disk = disk
         self.on_digested: Callable[[dict[str, Any]], None] = lambda _fields: None
         self.on_reformed: Callable[[], None] = lambda: None
+        self.on_config: Callable[[int, int], None] = lambda _digest, _number: None
         self.retired = ""  # why no host is served any more: the P-VOLs become S-VOLs
         self.copied_bytes = 0  # of P-VOLs read for copies
         self._save_blob = save_blob
@@ -76,6 +78,7 @@ class PrimaryHost(Host):
             SaveBits: self._save_bitmaps,
             Reformed: lambda _action: self.on_reformed(),
             Digested: self._digested,
+            TakeConfig: lambda action: self.on_config(action.digest, action.number),
         }
 
     # entries from outside

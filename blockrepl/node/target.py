@@ -49,13 +49,19 @@ class Target:
         state = role.state
         undo = UndoFile.open(
             node.directory / UNDO_NAME, owner.disk, definition.group_id.bytes, node.id,
-            {volume: image.size_bytes for volume, image in images.items()},
+            {volume: image.identity.size_bytes for volume, image in images.items()},
             state.start if state.copying and not state.initial else None,
         )  # fmt: skip
+        self._undo = undo
         self.host = SecondaryHost(
             role, journal, held, images, undo, owner.disk, owner.links, owner.clock, owner.workers, log_event,
             bitmaps.save,
         )  # fmt: skip
+
+    def enlarge(self, sizes: Mapping[int, int]) -> None:
+        """A later copy may save blocks up to these sizes, by volume id. There is no copy now."""
+        for volume, size_bytes in sizes.items():
+            self._undo.grow(volume, size_bytes)
 
     def follow(self, source: Primary) -> None:
         """While its node is a source, the role beside it knows the epoch that the intermediate opened last.

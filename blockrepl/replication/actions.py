@@ -308,6 +308,14 @@ class Digested:
 
 
 @dataclass(slots=True)
+class TakeConfig:
+    """The configuration with this digest is in effect, from ``number`` on."""
+
+    digest: int
+    number: int
+
+
+@dataclass(slots=True)
 class Event:
     """Something people want to know: goes to the log and to status."""
 
@@ -319,5 +327,5 @@ Action = (
     Send | Close | Append | AppendNote | SyncJournal | SaveState | Transmit | Replay | Truncate | Apply
     | HaltApply | OpenUndo | RestoreUndo | DropUndo | Withdraw | Publish | BecomeSource | SaveBits | MarkJournal
     | CopyOwn | CountAbove | Spill | DropSpill | Forget | Reformed | SyncVolumes | StoreBatch | StoreRecord | FailBatch
-    | DigestBlocks | ReadBlocks | ReadMetadata | Digested | Event
+    | DigestBlocks | ReadBlocks | ReadMetadata | Digested | TakeConfig | Event
 )  # fmt: skip

@@ -62,6 +62,8 @@ class Unconfirmed:
         if bitmap is None:
             like = self._bitmaps[volume]
             bitmap = self._folded[volume] = Bitmap(like.size_bytes, like.block_bytes)
+        elif bitmap.size_bytes < self._bitmaps[volume].size_bytes:  # the volume has grown since
+            bitmap.grow(self._bitmaps[volume].size_bytes)
         mark(bitmap, offsets, lengths)
         self._folded_through = max(self._folded_through, number)
 

@@ -41,6 +41,7 @@ class Sender:
     suspended: bool = False  # it said so: its P-VOLs are ahead of the journal
     trusted: bool = True
     resync: int = 0
+    config: int = 0  # digest of the newest configuration that it has files for
     hello: dict[str, Any] | None = field(default=None)  # greeted, not welcomed yet
 
     def row(self) -> PrimaryRow:
@@ -81,7 +82,7 @@ class Senders:
         """It greeted; the older link is closed already."""
         sender.link, sender.hello, sender.live, sender.heard_s = link, hello, False, now_s
         sender.credit = sender.credit_used = 0
-        sender.stamp_ns = sender.echo_ns = sender.wants_bytes = 0
+        sender.stamp_ns = sender.echo_ns = sender.wants_bytes = sender.config = 0
         sender.suspended, sender.trusted = hello["suspended"], hello["trusted"]
         self.by_link[link] = sender
 

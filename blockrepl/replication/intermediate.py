@@ -49,6 +49,7 @@ from blockrepl.replication.actions import (
     Spill,
 )
 from blockrepl.replication.comparing import Comparing
+from blockrepl.replication.configuring import Configuring
 from blockrepl.replication.greeting import Introduction, Problem, refused
 from blockrepl.replication.hop1 import Sender, Senders
 from blockrepl.replication.opening import Opening, Phase
@@ -110,6 +111,7 @@ class Intermediate:
         self.markers: dict[str, int] = {}  # name → number, of the newest; for those who wait for them
         self.pairing = Pairing(self, bitmaps or {}, owners or {}, local_source=local_source)
         self.comparing = Comparing(local=local_source)
+        self.configuring = Configuring(self)
         self._homes = homes or {}
         self._names = names or {}
         self._here = Stream(node)  # records that are for the intermediate volumes only: sent to nobody
@@ -200,6 +202,7 @@ class Intermediate:
         self.numbered = self.durable_number = self.streams.validated = number
         self.senders.by_node = {}
         self.state.spilled = []
+        self.state.configured = False  # those who were not there when it took effect hear of it
         self.streams.by_node = {node: Stream(node, last=number, durable=number) for node in members}
 
     # hop 1: links
@@ -297,7 +300,8 @@ class Intermediate:
             direction=self.state.direction, pair=self.pairing.pair, numbering=self.state.numbering,
             resync=self.pairing.resync_id, resynced=self.state.resynced,
         )  # fmt: skip
-        return [Send(sender.link, [message]), *self.pairing.primary_greeted(sender)]
+        told = self.configuring.tell(sender)
+        return [Send(sender.link, [message]), *told, *self.pairing.primary_greeted(sender)]
 
     def welcome_all(self) -> list[Action]:
         """Production goes on: answer every HELLO that waits."""
@@ -578,6 +582,9 @@ class Intermediate:
             return []
         if not sender.live:
             raise ProtocolError(f"{Message(kind).name} before WELCOME")
+        if kind == Message.CONFIG:
+            sender.config = fields["digest"]
+            return []
         if kind == Message.CHECKPOINT:
             if fields["number"] > sender.durable_last:
                 raise ProtocolError(f"checkpoint {fields['number']} is beyond {sender.durable_last}")
@@ -608,13 +615,17 @@ class Intermediate:
             actions = self.streams.prepared(
                 link, fields["number"], fields["applied"], fields["credit"], self.durable_number
             )
-            return actions + self._rounds(now_s) + self.opening.drained(now_s) + self.pairing.progressed(now_s)
+            actions += self._rounds(now_s) + self.opening.drained(now_s) + self.pairing.progressed(now_s)
+            return actions + self.configuring.tick(now_s)
         if kind in (Message.PROMISED, Message.STORED):
             return self.opening.answered(node, link, kind, fields, now_s)
         if kind == Message.BITMAP:
             return self.pairing.bits(fields)
         if kind == Message.REJOINED:
             return self.pairing.rejoined(node, now_s)
+        if kind == Message.CONFIG:
+            self.streams.by_node[node].config = fields["digest"]
+            return []
         if kind == Message.DIGESTED:
             return self._digested(self.comparing.answered(fields))
         raise ProtocolError(f"{Message(kind).name} does not belong on a secondary's link")
@@ -700,6 +711,7 @@ class Intermediate:
         """Called at least every few tens of milliseconds, and at `due_s`."""
         self._boot_ns = boot_ns
         actions = self._rounds(now_s) + self.opening.tick(now_s) + self.pairing.tick(now_s)
+        actions += self.configuring.tick(now_s)
         if self._waiting:
             actions += self._number_waiting(now_s)
         if self.policy.fence_never:

@@ -191,6 +191,11 @@ class Pairing:
         return self.machine.state is Step.COPYING
 
     @property
+    def draining(self) -> bool:
+        """About to be split: nothing that is numbered now is sent before the resync."""
+        return self.machine.state is Step.DRAINING
+
+    @property
     def ring_bytes(self) -> int:
         """Of the journal, less the reserve."""
         return self._ring_bytes
@@ -228,7 +233,7 @@ class Pairing:
 
     # operators
 
-    def _forbid(self, command: str, allowed: set[Pair], first: str = "") -> None:
+    def forbid(self, command: str, allowed: set[Pair], first: str = "") -> None:
         """Raises UsageError that names the state, and which command comes first."""
         pair, opening = self.pair, self._owner.opening
         if opening.phase is Phase.FENCED and opening.taken_over:
@@ -254,7 +259,7 @@ class Pairing:
 
     def split(self, *, writable: bool, now_s: float) -> list[Action]:
         """`pair split`: stop hop 2 at one number. Raises UsageError."""
-        self._forbid("pair split", {Pair.PAIR, Pair.PFUL, Pair.COPY})
+        self.forbid("pair split", {Pair.PAIR, Pair.PFUL, Pair.COPY})
         owner = self._owner
         if self.step in UNDER_WAY or self.step in BEFORE_START:
             if writable:
@@ -286,8 +291,8 @@ class Pairing:
         name = "pair create" if initial else "pair resync"
         exists = initial and self.pair in (Pair.PAIR, Pair.PFUL)
         first = "the pair is there already; to copy all of it again: blockrepl pair delete" if exists else ""
-        self._forbid(name, allowed, first)
-        missing = self._missing()
+        self.forbid(name, allowed, first)
+        missing = self.missing()
         if missing:
             raise UsageError(f"{name} needs every node: {missing}", hint="see: blockrepl status")
         if not verify and any(s.live and not s.trusted for s in self._owner.senders.by_node.values()):
@@ -304,12 +309,12 @@ class Pairing:
     def delete(self, now_s: float) -> list[Action]:
         """`pair delete`: the secondaries are let go at the number they are at; everything counts as different."""
         allowed = {Pair.PAIR, Pair.PFUL, Pair.PSUS, Pair.PSUE, Pair.PFUS, Pair.COPY}
-        self._forbid("pair delete", allowed)
+        self.forbid("pair delete", allowed)
         for bitmap in self.bitmaps.values():
             bitmap.fill()
         return self._suspend_hop2(Pair.SMPL, "the pair is deleted")
 
-    def _missing(self) -> str:
+    def missing(self) -> str:
         """Who is not there for a resync, in words."""
         owner = self._owner
         away = [owner.called(s.node) for s in owner.streams.by_node.values() if not s.ready]
@@ -435,7 +440,7 @@ class Pairing:
         if self.step is not Step.MARKING:
             return []
         owner, state = self._owner, self._owner.state
-        missing = self._missing()
+        missing = self.missing()
         if missing or owner.phase is not Phase.SERVING:
             self.machine.go("fall back")
             return [Event(f"no resync: {missing or owner.phase.value}")]
@@ -610,11 +615,11 @@ class Pairing:
             actions += self._copy_own()
         if self.step is Step.DRAINING and not owner.streams.all_ready:
             actions += self._suspend_hop2(Pair.PSUS, "split; a secondary went away")
-        elif self.step in BEFORE_START and self._missing():
-            actions += self._fall_back(self._missing())
+        elif self.step in BEFORE_START and self.missing():
+            actions += self._fall_back(self.missing())
         elif self.step is Step.STARTING:
             actions += self._stored(now_s)
-        elif self.step is Step.IDLE and state.auto and now_s >= self._retry_s and not self._missing():
+        elif self.step is Step.IDLE and state.auto and now_s >= self._retry_s and not self.missing():
             self._retry_s = now_s + RETRY_S
             actions += self._begin(now_s)
         return actions + self._watch_ring(now_s)

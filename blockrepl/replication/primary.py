@@ -29,6 +29,7 @@ from blockrepl.replication.actions import (
     Send,
     StoreBatch,
     SyncVolumes,
+    TakeConfig,
 )
 from blockrepl.replication.alone import SoloWrites, Unconfirmed, mark
 from blockrepl.replication.checkpoints import Checkpoints, Then
@@ -148,6 +149,8 @@ class Primary:
         self._then: dict[int, tuple[int, Then]] = {}  # token → (era, what follows)
         self._era = 1
         self.numbering = True  # the intermediate numbers batches
+        self.config = 0  # digest of the newest configuration that this node has files for
+        self._config_told = 0  # the link on which it was told
         self.pair = Pair.PAIR  # of the group, as the intermediate says
         self._foreign_batches = False  # what waits has numbers of another journal, or counts what was never sent
         self._trusted_from = 0 if clean else NEVER  # ranges at or below it are not known
@@ -379,6 +382,8 @@ class Primary:
             return self.resyncing.begin(fields, now_s)
         if kind == Message.RESYNCED:
             return self.resyncing.ended(fields["id"])
+        if kind == Message.CONFIG:
+            return [TakeConfig(fields["digest"], fields["number"])]
         raise ProtocolError(f"{Message(kind).name} does not belong on a primary's link")
 
     def record(self, link: int, head: RecordHead, record: memoryview, now_s: float) -> list[Action]:
@@ -571,7 +576,17 @@ class Primary:
         elif self.link and now_s - self._beat_s >= self.policy.heartbeat_s:
             self._beat_s = now_s
             actions.append(Send(self.link, [self._beat(boot_ns)]))
+        if self.config and self.joined and self._config_told != self.link:
+            actions += self._tell_config()
         return actions
+
+    def prepared_for(self, config: int) -> None:
+        """This node has files for a configuration: the intermediate hears of it at the next tick."""
+        self.config, self._config_told = config, 0
+
+    def _tell_config(self) -> list[Action]:
+        self._config_told = self.link
+        return [Send(self.link, [encode(Message.CONFIG, self.state.epoch.number, digest=self.config, number=0)])]
 
     def _beat(self, boot_ns: int) -> bytes:
         return encode(

@@ -89,6 +89,8 @@ class Secondary:
         self._heard_s = 0.0
         self._beat_s = 0.0
         self._told_applied = 0
+        self.config = 0  # digest of the newest configuration that this node has files for
+        self._config_told = 0  # the link on which it was told
         self._stamp_ns = 0
 
     # start
@@ -393,6 +395,14 @@ class Secondary:
         """Sooner when the intermediate does not know yet what is applied: people watch the lag fall."""
         return self.policy.heartbeat_s / (1 if self._told_applied == self.applied else 10)
 
+    def prepared_for(self, config: int) -> None:
+        """This node has files for a configuration: the intermediate hears of it at the next tick."""
+        self.config, self._config_told = config, 0
+
+    def _tell_config(self) -> list[Action]:
+        self._config_told = self.link
+        return [Send(self.link, [encode(Message.CONFIG, self.state.epoch.number, digest=self.config, number=0)])]
+
     def fail(self, reason: str) -> list[Action]:
         """A disk error: nothing more is prepared or applied (rule 11)."""
         if self.phase is Phase.FAILED:
@@ -421,4 +431,6 @@ class Secondary:
                 numbered=self.numbered_seen, validated=self.validated, applied=self.applied, credit=self._credit,
             )  # fmt: skip
             actions.append(Send(self.link, [message]))
+        if self.config and self.link and self._config_told != self.link:
+            actions += self._tell_config()
         return actions

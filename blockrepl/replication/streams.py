@@ -38,6 +38,7 @@ class Stream:
     waiting_bytes: int = 0  # durable and not handed to the link yet
     total_writes: int = 0  # numbered since the start, for the lag
     total_bytes: int = 0
+    config: int = 0  # digest of the newest configuration that it has files for
     busy: bool = False  # a Transmit is being performed
     asked: deque[int] = field(default_factory=deque)  # rounds whose PREPARE went out on this link
     asked_through: int = 0
@@ -110,7 +111,7 @@ class Streams:
         """The link is gone."""
         stream = self.by_link.pop(link, None)
         if stream is not None:
-            stream.link, stream.ready, stream.busy = 0, False, False
+            stream.link, stream.ready, stream.busy, stream.config = 0, False, False, 0
             stream.asked.clear()
 
     def stop(self) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from construct.core import ConstructError
@@ -21,7 +22,7 @@ from blockrepl.formats.bitmap import (
     header_is_whole,
 )
 from blockrepl.storage.executor import DiskThread
-from blockrepl.storage.files import create_file, open_locked, read_at, storage_error, write_at
+from blockrepl.storage.files import create_file, open_locked, read_at, storage_error, sync_directory, write_at
 
 Saved = Callable[[], None]
 
@@ -51,20 +52,14 @@ class BitmapFile:
         self._fd = fd
         self._flying = False
         self._waiting: list[Saved] = []
+        self._old_fds: list[int] = []  # of smaller files that a save was under way in
 
     @classmethod
     def create(cls, path: Path, identity: BitmapIdentity, bitmap: Bitmap | None = None) -> None:
         """Make the file, with no bit set unless a bitmap is given. Raises UsageError (it exists), StorageError."""
         bitmap = bitmap or Bitmap(identity.size_bytes, identity.block_bytes)
 
-        def fill(fd: int) -> None:
-            header = encode_header(
-                identity.group, identity.volume, identity.node, identity.size_bytes, identity.block_bytes
-            )
-            pages = [encode_page(number, _page_of(bitmap, number)) for number in range(_pages(bitmap))]
-            write_at(fd, 0, header + b"".join(pages))
-
-        create_file(path, fill)
+        create_file(path, lambda fd: _write_whole(fd, identity, bitmap))
 
     @classmethod
     def open(cls, path: Path, identity: BitmapIdentity) -> BitmapFile:
@@ -124,6 +119,55 @@ class BitmapFile:
             pages.append(b"\xff" * PAGE_BITS_BYTES if bits is None else bits)
         return Bitmap(identity.size_bytes, identity.block_bytes, b"".join(pages)[: len(bitmap.bits)])
 
+    @classmethod
+    def enlarge(cls, path: Path, identity: BitmapIdentity) -> None:
+        """Finish a growth that a crash cut short: nothing when the file is as large already. Blocks: for the start.
+
+        Raises what `open` does.
+        """
+        try:
+            header = bitmap_header.parse(path.read_bytes()[:PAGE_BYTES])
+        except (ConstructError, OSError):
+            return  # `open` says what is wrong
+        if header.size_bytes < identity.size_bytes:
+            file = cls.open(path, replace(identity, size_bytes=header.size_bytes))
+            try:
+                file.grow(identity)
+            finally:
+                file.close()
+
+    def grow(self, identity: BitmapIdentity) -> None:
+        """Make room for a larger volume, durably: a larger file, with all that is set now, takes the place of this one.
+
+        Short enough for the loop. Can be repeated. Raises StorageError; then nothing has changed.
+        """
+        if self.failed is not None:
+            raise self.failed
+        if identity.size_bytes <= self.bitmap.size_bytes:
+            return
+        larger = Bitmap(identity.size_bytes, identity.block_bytes)
+        larger.bits[: len(self.bitmap.bits)] = self.bitmap.bits
+        draft = self.path.with_name(f".{self.path.name}.new")
+        try:
+            fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _write_whole(fd, identity, larger)
+                os.fsync(fd)
+                draft.rename(self.path)
+                sync_directory(self.path.parent)
+            except BaseException:
+                os.close(fd)
+                raise
+        except OSError as error:
+            raise storage_error(f"cannot enlarge {self.path}", error) from error
+        self._fd, old = fd, self._fd
+        self.bitmap.grow(identity.size_bytes)
+        if self._flying:
+            self._old_fds.append(old)
+        else:
+            os.close(old)
+
     def save(self, thread: DiskThread, done: Saved) -> None:
         """Make the bits durable as they are now, then ``done()`` on the loop. Raises StorageError."""
         if self.failed is not None:
@@ -142,6 +186,8 @@ class BitmapFile:
 
         def synced(error: OSError | None) -> None:
             self._flying = False
+            while self._old_fds:
+                os.close(self._old_fds.pop())
             if error is not None:
                 self._fail(error)
                 return
@@ -160,6 +206,12 @@ class BitmapFile:
     def close(self) -> None:
         """Close and unlock; nothing may be in the air."""
         os.close(self._fd)
+
+
+def _write_whole(fd: int, identity: BitmapIdentity, bitmap: Bitmap) -> None:
+    header = encode_header(identity.group, identity.volume, identity.node, identity.size_bytes, identity.block_bytes)
+    pages = [encode_page(number, _page_of(bitmap, number)) for number in range(_pages(bitmap))]
+    write_at(fd, 0, header + b"".join(pages))
 
 
 def _pages(bitmap: Bitmap) -> int:

@@ -14,7 +14,7 @@ import fcntl
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import UUID
 
@@ -123,7 +123,7 @@ class ImageFile:
         self.fd = fd
         self.path = path
         self.identity = identity
-        self.size_bytes = identity.size_bytes
+        self.size_bytes = identity.size_bytes  # of the volume; the file may be prepared for a larger one (`grow`)
         self.read_only = read_only
         self._has_nowait = True
 
@@ -194,6 +194,38 @@ class ImageFile:
             except BaseException:
                 os.close(fd)
                 raise
+
+    @staticmethod
+    def enlarge(path: Path, identity: ImageIdentity) -> None:
+        """Finish a growth that a crash cut short; nothing when the image is as large already, or is missing.
+
+        Raises DamagedError, NoSpaceError, StorageError. For the start, before `open`.
+        """
+        with _translated(path):
+            if not (identity_path(path).exists() and path.exists()):
+                return
+            found = ImageIdentity.unpack(identity_path(path).read_bytes(), str(identity_path(path)))
+            if found.size_bytes >= identity.size_bytes or identity.difference(
+                replace(found, size_bytes=identity.size_bytes)
+            ):
+                return  # `open` says what is wrong
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                _lock(fd, path, fcntl.LOCK_EX)
+                _extend(fd, path, identity)
+            finally:
+                os.close(fd)
+
+    def grow(self, size_bytes: int) -> None:
+        """Make room for a larger volume, durably; what is new reads as zeroes. `size_bytes` stays as it is.
+
+        Short enough for the loop: nothing is allocated. Can be repeated. Raises NoSpaceError, StorageError.
+        """
+        if size_bytes > self.identity.size_bytes:
+            identity = replace(self.identity, size_bytes=size_bytes)
+            with _translated(self.path):
+                _extend(self.fd, self.path, identity)
+            self.identity = identity
 
     def close(self) -> None:
         """Unlock and close. Syncs nothing."""
@@ -367,6 +399,14 @@ def _lock(fd: int, path: Path, how: int) -> None:
         fcntl.flock(fd, how | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InUseError(f"{path}: another process has this image open") from None
+
+
+def _extend(fd: int, path: Path, identity: ImageIdentity) -> None:
+    """The file first, then the identity: a crash in between leaves what `ImageFile.enlarge` finishes."""
+    if os.fstat(fd).st_size < identity.size_bytes:
+        os.ftruncate(fd, identity.size_bytes)
+        os.fsync(fd)
+    write_durably(identity_path(path), identity.pack())
 
 
 def _refuse_data(path: Path, identity: ImageIdentity, *, adopt: bool = False) -> None:

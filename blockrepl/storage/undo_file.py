@@ -35,7 +35,7 @@ class UndoFile:
         self._thread = thread
         self._group = group
         self._node = node
-        self._sizes = sizes
+        self._sizes = dict(sizes)
         self._block_bytes = block_bytes
 
     @classmethod
@@ -94,6 +94,11 @@ class UndoFile:
             done(error)
 
         self._put(offset, buffers, saved)
+
+    def grow(self, volume: int, size_bytes: int) -> None:
+        """A volume is larger from the next copy on. There is no copy (asserted): its last block may be saved short."""
+        assert self.undo is None
+        self._sizes[volume] = size_bytes
 
     def drop(self) -> None:
         """The copy has ended, durably: give the space back. A crash here leaves a file that `open` drops.

@@ -250,6 +250,7 @@ def test_help_names_every_command(run: Run) -> None:
         if line.startswith("  ") and line[2] != " "
     }
     assert listed == {
+        "adjust",
         "create",
         "up",
         "down",

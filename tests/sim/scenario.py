@@ -158,7 +158,7 @@ class Scenario:
         """All are connected."""
         group = self.group
         self.until(
-            lambda: group.intermediate.host.role.phase is OpeningPhase.SERVING and not self.pairing._missing(),
+            lambda: group.intermediate.host.role.phase is OpeningPhase.SERVING and not self.pairing.missing(),
             "everybody",
         )
 

@@ -131,3 +131,36 @@ async def test_after_an_error_nothing_is_saved_any_more(tmp_path: Path) -> None:
     assert not told
     with pytest.raises(StorageError):
         file.save(disk, lambda: None)
+
+
+async def test_a_bitmap_grows_in_place_while_a_save_is_under_way_and_keeps_every_bit(tmp_path: Path) -> None:
+    path, disk = tmp_path / "bits", DiskThread(asyncio.get_running_loop(), "test")
+    BitmapFile.create(path, WHO)
+    file, saved = BitmapFile.open(path, WHO), asyncio.Event()
+    held = file.bitmap
+    held.mark(0, 1)
+    file.save(disk, saved.set)
+    held.mark(3 * BLOCK, 1)  # not asked to be saved yet
+    larger = dataclasses.replace(WHO, size_bytes=2 * WHO.size_bytes)
+    file.grow(larger)
+    assert file.bitmap is held
+    held.mark(larger.size_bytes - 1, 1)
+    again = asyncio.Event()
+    file.save(disk, again.set)
+    await asyncio.wait_for(asyncio.gather(saved.wait(), again.wait()), 10)
+    disk.close()
+    file.close()
+    found = BitmapFile.read(path, larger)
+    assert list(found.runs()) == [(0, 1), (3, 1), (found.blocks - 1, 1)]
+    with pytest.raises(IdentityError):
+        BitmapFile.read(path, WHO)
+
+
+def test_a_growth_that_a_crash_kept_from_beginning_is_finished_at_the_start(tmp_path: Path) -> None:
+    path = tmp_path / "bits"
+    BitmapFile.create(path, WHO)
+    larger = dataclasses.replace(WHO, size_bytes=WHO.size_bytes + BLOCK)
+    (tmp_path / ".bits.new").write_bytes(b"half a file that a crash left")
+    for _ in range(2):
+        BitmapFile.enlarge(path, larger)
+        assert BitmapFile.read(path, larger).count == 0

@@ -421,3 +421,33 @@ def test_allocation_beyond_its_limit_is_called_data(path: Path) -> None:
     extents = image.allocation(0, MIB, limit=4)
     assert extents == [(0, 65536, False), (65536, 65536, True), (131072, MIB - 131072, True)]
     image.close()
+
+
+def test_an_image_grows_and_what_is_new_reads_as_zeroes(path: Path) -> None:
+    image = made(path)
+    image.pwrite(IDENTITY.size_bytes - 512, memoryview(b"x" * 512))
+    for _ in range(2):
+        image.grow(8 * MIB)
+        assert image.size_bytes == IDENTITY.size_bytes, "hosts see it when it is in effect"
+    image.close()
+    image = ImageFile.open(path, dataclasses.replace(IDENTITY, size_bytes=8 * MIB))
+    assert content(image) == bytes(IDENTITY.size_bytes - 512) + b"x" * 512 + bytes(4 * MIB)
+    image.close()
+
+
+@pytest.mark.parametrize("file_bytes", [4 * MIB, 8 * MIB])
+def test_a_growth_that_a_crash_cut_short_is_finished_at_the_start(path: Path, file_bytes: int) -> None:
+    made(path).close()
+    os.truncate(path, file_bytes)  # the identity still says the old size
+    larger = dataclasses.replace(IDENTITY, size_bytes=8 * MIB)
+    for _ in range(2):
+        ImageFile.enlarge(path, larger)
+        ImageFile.open(path, larger).close()
+    ImageFile.enlarge(path, IDENTITY)  # never smaller
+    ImageFile.open(path, larger).close()
+
+
+def test_the_image_of_another_volume_is_not_grown(path: Path) -> None:
+    made(path).close()
+    ImageFile.enlarge(path, dataclasses.replace(IDENTITY, volume_id=9, size_bytes=8 * MIB))
+    assert path.stat().st_size == IDENTITY.size_bytes

@@ -21,6 +21,7 @@ from pyroute2.netlink.uevent import AsyncUeventSocket
 from blockrepl.errors import EnvironmentLacksError, TimeoutExpiredError, UsageError
 from blockrepl.formats import loop as layout
 from blockrepl.formats.loop import Ioctl, LoopFlag
+from blockrepl.frontends.loop import system
 
 CONTROL = "/dev/loop-control"
 APPEAR_TIMEOUT_S = 5.0
@@ -67,6 +68,16 @@ async def configure(path: str, block_size_bytes: int, *, read_only: bool) -> str
             free(device)
             raise TimeoutExpiredError(f"{device} did not appear in {APPEAR_TIMEOUT_S:g} s")
         return device
+
+
+def resize(device: str, path: str) -> None:
+    """Give a device the size that its file has now. Raises OSError."""
+    system.refresh_size(path)  # the kernel keeps the old one
+    fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(fd, Ioctl.SET_CAPACITY)
+    finally:
+        os.close(fd)
 
 
 async def _listen(stack: contextlib.AsyncExitStack) -> AsyncUeventSocket | None:

@@ -52,6 +52,7 @@ class LoopFrontend:
         self._attached: dict[str, _Attached] = {}
         self._changing = asyncio.Lock()
         self._lock_fd = -1
+        self._resizing: asyncio.Task[None] | None = None  # kept: a task that nobody holds may vanish
 
     def attached(self) -> dict[str, str]:
         """Volume name to device."""
@@ -105,6 +106,20 @@ class LoopFrontend:
                 entry.ending = False
                 raise
             self._forget(name, entry)
+
+    def resize(self, name: str) -> None:
+        """The volume has grown: so does its loop device, if it has one, soon."""
+        entry = self._attached.get(name)
+        if entry is not None and entry.device:
+            entry.server.resize()
+            self._resizing = asyncio.get_running_loop().create_task(self._resize(name, entry))
+
+    async def _resize(self, name: str, entry: _Attached) -> None:
+        async with self._changing:
+            try:
+                await _helper("resize", entry.device, entry.path)
+            except (BlockreplError, OSError) as error:
+                log.error("loop front end: %s keeps its old size until it is attached again: %s", entry.device, error)
 
     async def cut_off(self, name: str) -> None:
         """Undo `attach` also of what is in use, as `close` does: the volume is not served here any more."""

@@ -5,6 +5,7 @@ FUSE connection ends only when the last thread is gone, and the thread waits for
 
 Usage: python -m blockrepl.frontends.loop.helper attach FILE BLOCK_SIZE rw|ro
        python -m blockrepl.frontends.loop.helper detach DEVICE FILE
+       python -m blockrepl.frontends.loop.helper resize DEVICE FILE
        python -m blockrepl.frontends.loop.helper abandon DEVICE FILE
 Prints one JSON object: {"device": …} or {"error": {"kind", "message", "hint"}}.
 """
@@ -43,6 +44,12 @@ def detach(name: str, path: str) -> dict[str, object]:
         return {"device": name}
 
 
+def resize(name: str, path: str) -> dict[str, object]:
+    """The file has grown: so does the device."""
+    device.resize(name, path)
+    return {"device": name}
+
+
 def abandon(name: str, path: str) -> dict[str, object]:
     """Undo what can be undone now, and have the kernel do the rest when the last user goes."""
     if device.backing_file(name) == path:
@@ -61,6 +68,8 @@ def main(arguments: list[str]) -> int:
             answer = attach(rest[0], int(rest[1]), read_only=rest[2] == "ro")
         elif command == "detach":
             answer = detach(rest[0], rest[1])
+        elif command == "resize":
+            answer = resize(rest[0], rest[1])
         else:
             answer = abandon(rest[0], rest[1])
     except BlockreplError as error:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from blockrepl.block import Op, WriteBatch, WriteFlag
@@ -22,7 +22,7 @@ from blockrepl.formats import fuse
 MAX_IO_BYTES = 1 << 20  # 256 pages, the kernel's limit (fs.fuse.max_pages_limit) as it comes
 PAGE_BYTES = 4096
 MAX_BACKGROUND = 64  # requests that the kernel sends before it waits for replies: bounds the payload we hold
-KEEP_S = 1 << 30  # how long the kernel may keep the attributes: they never change
+KEEP_S = 1 << 30  # how long the kernel may keep the attributes: who changes the size has it ask again
 FILE_MODE = 0o100600
 
 _unpack_request = fuse.IO_REQUEST.unpack_from
@@ -87,6 +87,11 @@ class Session:
             fuse.Opcode.FALLOCATE: (32, self._fallocate),
         }
         self._clear()
+
+    def resize(self, size_bytes: int) -> None:
+        """The volume is larger now: the kernel hears of it when it asks for the attributes again."""
+        self.geometry = replace(self.geometry, size_bytes=size_bytes)
+        self._size = size_bytes
 
     def _clear(self) -> None:
         self._batch: WriteBatch | None = None

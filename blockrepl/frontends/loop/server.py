@@ -120,6 +120,10 @@ class FuseServer:
         """The connection has ended: users of the file get errors."""
         return self._fd < 0
 
+    def resize(self) -> None:
+        """The volume has grown."""
+        self._session.resize(self._volume.size_bytes)
+
     def close(self) -> None:
         """End the connection. Requests in flight fail with ECONNABORTED, which a loop device turns into EIO."""
         if self._fd >= 0:

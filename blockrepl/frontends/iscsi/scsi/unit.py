@@ -139,8 +139,13 @@ class LogicalUnit(TaskSet):
 
     def check_size(self) -> None:
         """The volume may have grown."""
-        if self.volume is not None and self.volume.size_bytes // self.block_bytes != self.blocks:
-            self.blocks = self.volume.size_bytes // self.block_bytes
+        if self.volume is not None:
+            self.resized(self.volume.size_bytes)
+
+    def resized(self, size_bytes: int) -> None:
+        """The volume has this size, served here or not."""
+        if size_bytes // self.block_bytes != self.blocks:
+            self.blocks = size_bytes // self.block_bytes
             self.attend_all(Asc.CAPACITY_DATA_HAS_CHANGED)
 
     @property
