@@ -78,7 +78,7 @@ class Configuring:
             return []
         self.check()
         if unprepared := self.unprepared(digest):
-            text = ", ".join(str(node) for node in unprepared)
+            text = ", ".join(self._owner.called(node) for node in unprepared)
             raise UsageError(
                 f"these nodes are not prepared for it yet: {text}", hint="run blockrepl adjust there first"
             )
@@ -102,7 +102,7 @@ class Configuring:
         if away := owner.pairing.missing():
             raise UsageError(f"adjust needs every node: {away}", hint="see: blockrepl status")
         if owner.state.excluded:
-            text = f"adjust needs every node: {owner.state.excluded[0]} is excluded"
+            text = f"adjust needs every node: {owner.called(owner.state.excluded[0])} is excluded"
             raise UsageError(text, hint="blockrepl node include, or blockrepl replace")
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
@@ -48,7 +47,7 @@ def group() -> ConfigGroup:
 
 def test_nothing_is_numbered_before_every_node_has_files_for_it(group: ConfigGroup) -> None:
     group.prepared(P1, P2, S1)
-    with pytest.raises(UsageError, match=re.escape(f"not prepared for it yet: {S2}")):
+    with pytest.raises(UsageError, match="not prepared for it yet: s2"):
         group.role.configuring.configure(NEW)
     assert group.records() == []
     assert group.role.state.config == OLD
@@ -118,7 +117,7 @@ def test_a_group_that_is_not_in_pair_is_not_adjusted(pair: Pair) -> None:
 def test_a_node_that_is_away_keeps_it_from_taking_effect(group: ConfigGroup) -> None:
     group.prepared()
     group.do(group.role.lost(LINKS[S2], 0.0))
-    with pytest.raises(UsageError, match=f"secondary {S2} is away"):
+    with pytest.raises(UsageError, match="s2 is away"):
         group.role.configuring.configure(NEW)
 
 
