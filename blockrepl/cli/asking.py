@@ -10,21 +10,22 @@ from blockrepl.errors import BlockreplError, NotRunningError
 from blockrepl.node.control_messages import Message
 
 STATUS_TIMEOUT_S = 3.0
+PATIENT_S = 15.0  # where something is done upon the answers: a busy node is not a silent one
 
 
-def node_statuses(definition: Definition) -> list[Message]:
+def node_statuses(definition: Definition, timeout_s: float = STATUS_TIMEOUT_S) -> list[Message]:
     """One object per node of the group, in file order, as docs/status.md describes; never raises."""
     local = {node.name for node in definition.local_nodes()}
     with ThreadPoolExecutor(max_workers=max(1, len(definition.nodes))) as pool:
-        return list(pool.map(lambda node: _ask(definition, node, node.name in local), definition.nodes))
+        return list(pool.map(lambda node: _ask(definition, node, node.name in local, timeout_s), definition.nodes))
 
 
-def _ask(definition: Definition, node: Node, local: bool) -> Message:
+def _ask(definition: Definition, node: Node, local: bool, timeout_s: float) -> Message:
     missing = {"schema": 1, "group": definition.name, "node": node.name, "role": node.role, "ready": False}
     if not local:
         return {**missing, "state": "elsewhere", "host": node.host}
     try:
-        return call(node.directory, "status", timeout_s=STATUS_TIMEOUT_S)
+        return call(node.directory, "status", timeout_s=timeout_s)
     except NotRunningError as error:
         return {**missing, "state": "down", "error": str(error)}
     except BlockreplError as error:
@@ -33,7 +34,7 @@ def _ask(definition: Definition, node: Node, local: bool) -> Message:
 
 def serving_node(definition: Definition, volume: Volume) -> Node:
     """Where hosts may use the volume: at its source. Raises NotRunningError."""
-    statuses = {status["node"]: status for status in node_statuses(definition)}
+    statuses = {status["node"]: status for status in node_statuses(definition, PATIENT_S)}
     ends = [
         (name, volume_entry(statuses.get(name, {}), volume.name) or {}) for name in (volume.primary, volume.secondary)
     ]

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from blockrepl.cli.asking import node_statuses, serving_node
+from blockrepl.cli.asking import PATIENT_S, STATUS_TIMEOUT_S, node_statuses, serving_node
 from blockrepl.cli.client import call
 from blockrepl.cli.groups import answering, targets
 from blockrepl.cli.losses import what_is_lost
@@ -62,10 +62,11 @@ def _answering_secondary(definition: Definition) -> Node:
         raise UsageError(
             "no secondary of this group belongs on this machine", hint="run takeover where one does: see `blockrepl ls`"
         )
-    statuses = node_statuses(definition)
-    followers = targets(statuses) or [each for each in answering(statuses) if each.get("role") == "secondary"]
-    if followers:
-        return definition.node(str(followers[0]["node"]))
+    for timeout_s in (STATUS_TIMEOUT_S, PATIENT_S):  # one that answers soon is enough
+        statuses = node_statuses(definition, timeout_s)
+        followers = targets(statuses) or [each for each in answering(statuses) if each.get("role") == "secondary"]
+        if followers:
+            return definition.node(str(followers[0]["node"]))
     raise NotRunningError(
         f"no secondary runs here: {', '.join(node.name for node in secondaries)}",
         hint=f"start them: blockrepl up {definition.path} --node {secondaries[0].name}",

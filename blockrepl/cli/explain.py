@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from blockrepl.cli.asking import node_statuses
+from blockrepl.cli.asking import PATIENT_S, node_statuses
 from blockrepl.cli.client import call
 from blockrepl.cli.groups import (
     answering,
@@ -53,7 +53,7 @@ def explain(target: Target = None, file: File = None, as_json: Json = False) -> 
 
 def explained(definition: Definition) -> Message:
     """The document of `explain --json` (docs/command-line.md)."""
-    statuses = node_statuses(definition)
+    statuses = node_statuses(definition, PATIENT_S)
     pair = group_pair(statuses)
     old = _old_sources(statuses)
     unreplicated = _unreplicated(definition, old, statuses)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-from blockrepl.cli.asking import node_statuses
+from blockrepl.cli.asking import PATIENT_S, STATUS_TIMEOUT_S, node_statuses
 from blockrepl.cli.client import call
 from blockrepl.cli.groups import group_pair, group_reason, intermediate, resync_progress, source_to_ask, target_to_ask
 from blockrepl.cli.losses import what_is_lost
@@ -20,6 +21,7 @@ from blockrepl.node.control_messages import Message
 
 SILENCE_S = 180.0  # a node at work says something at least this often
 POLL_S = 0.2
+REHEARSALS = 5
 # As pairevtwait of Hitachi's CCI gives them: its timeout, and with -nowait the state. SSWS is ours.
 WAIT_TIMEOUT_CODE = 233
 STATE_CODES = {"SMPL": 1, "COPY": 2, "PAIR": 3, "PSUS": 4, "PSUE": 5, "PFUL": 7, "PFUS": 8, "SSWS": 9}
@@ -120,7 +122,7 @@ def pair_wait(
         raise UsageError(f'"{unknown[0]}" is no pair state', hint=f"states are {', '.join(STATE_CODES)}")
     definition = find(target, file)
     if no_wait:
-        statuses = node_statuses(definition)
+        statuses = node_statuses(definition, PATIENT_S)
         _tell_state(definition, statuses, as_json)
         raise typer.Exit(STATE_CODES[group_pair(statuses)])
     raise typer.Exit(_wait(definition, wanted, timeout_s, as_json))
@@ -178,8 +180,7 @@ def _intermediate(definition: Definition) -> Node:
 
 
 def _swap(definition: Definition, *, verify: bool, dry_run: bool, force: bool, as_json: bool) -> None:
-    screen = error_console()
-    statuses = node_statuses(definition)
+    statuses = node_statuses(definition, PATIENT_S)
     pair = group_pair(statuses)
     planned = pair in ("PAIR", "PFUL")
     if not planned and pair != "SSWS" and not force and intermediate(statuses).get("state") == "serving":
@@ -190,35 +191,47 @@ def _swap(definition: Definition, *, verify: bool, dry_run: bool, force: bool, a
         )
     if planned:
         leader = target_to_ask(definition, statuses)
-        lost = call(leader.directory, "takeover", {"dry_run": True, "planned": True}, timeout_s=SILENCE_S)
-        if not lost.get("lossless"):
-            what = "; ".join(what_is_lost(lost))
-            raise UsageError(f"a swap loses nothing, and a takeover now loses {what}", hint="see: blockrepl status")
+        lost = _lossless(leader)
         if dry_run:
             out = {"schema": 1, "group": definition.name, "dry_run": True, "takeover": lost}
             print_json(out) if as_json else console().print(
                 f"{definition.name}: would take over and swap, losing nothing"
             )
             return
-
-        def step(progress: Message) -> None:
-            screen.print(f"{leader.name}: {progress.get('step')}")
-
-        call(leader.directory, "takeover", {"planned": True}, on_progress=step, timeout_s=SILENCE_S)
-        statuses = node_statuses(definition)
+        call(leader.directory, "takeover", {"planned": True}, on_progress=_teller(leader), timeout_s=SILENCE_S)
+        statuses = node_statuses(definition, PATIENT_S)
     asked = {"kind": "swap", "verify": verify, "dry_run": dry_run, "force": force, "planned": planned}
     reform(definition, statuses, asked, as_json)
+
+
+def _lossless(leader: Node) -> Message:
+    """A takeover's rehearsal. Raises UsageError when it would lose something.
+
+    An intermediate that just said PAIR lives, and may be busy: it is asked again.
+    """
+    for turn in range(REHEARSALS):
+        time.sleep(POLL_S * turn)
+        lost = call(leader.directory, "takeover", {"dry_run": True, "planned": True}, timeout_s=SILENCE_S)
+        if lost.get("lossless"):
+            return lost
+        if not lost.get("without"):
+            what = "; ".join(what_is_lost(lost))
+            raise UsageError(f"a swap loses nothing, and a takeover now loses {what}", hint="see: blockrepl status")
+    raise UsageError(
+        f"a swap loses nothing, but {leader.name} does not reach the intermediate ({lost['without']})",
+        hint="start it; or take over without it: blockrepl takeover",
+    )
+
+
+def _teller(node: Node) -> Callable[[Message], None]:
+    screen = error_console()
+    return lambda progress: screen.print(f"{node.name}: {progress.get('step')}")
 
 
 def reform(definition: Definition, statuses: list[Message], args: Message, as_json: bool) -> None:
     """Have a source form the group anew, and tell what came of it."""
     source = source_to_ask(definition, statuses)
-    screen = error_console()
-
-    def step(progress: Message) -> None:
-        screen.print(f"{source.name}: {progress.get('step')}")
-
-    result = call(source.directory, "reform", args, on_progress=step, timeout_s=SILENCE_S)
+    result = call(source.directory, "reform", args, on_progress=_teller(source), timeout_s=SILENCE_S)
     if as_json:
         print_json(result)
         return
@@ -244,7 +257,8 @@ def _wait(definition: Definition, wanted: list[str], timeout_s: float, as_json: 
     with bar:
         task = bar.add_task(definition.name, total=None)
         while True:
-            statuses = node_statuses(definition)
+            left_s = deadline_s - time.monotonic()
+            statuses = node_statuses(definition, min(PATIENT_S, max(STATUS_TIMEOUT_S, left_s)))
             state = group_pair(statuses)
             done_bytes, total_bytes = resync_progress(statuses)
             bar.update(task, description=f"{definition.name} {state}", completed=done_bytes, total=total_bytes or None)

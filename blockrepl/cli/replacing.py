@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from blockrepl.cli import processes
-from blockrepl.cli.asking import node_statuses
+from blockrepl.cli.asking import PATIENT_S, node_statuses
 from blockrepl.cli.output import error_console
 from blockrepl.cli.pair import reform
 from blockrepl.cli.targets import File, Json, Target, find
@@ -47,6 +47,6 @@ def replace(
             processes.wait_answers(started, time.monotonic() + READY_S)
             error_console().print(f"{name}: started")
     reform(
-        definition, node_statuses(definition),
+        definition, node_statuses(definition, PATIENT_S),
         {"kind": "replace", "node": name, "dry_run": dry_run, "force": force}, as_json,
     )  # fmt: skip

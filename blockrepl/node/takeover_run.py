@@ -43,6 +43,7 @@ class TakeoverRun(OpenerRun):
             "epoch": {"number": report.epoch, "id": report.epoch_id},
             "number": report.number,
             "drained": report.drained,
+            "without": report.without,
             "completed_earlier": report.completed,
             "pair": report.pair,
             "copying": report.copying,

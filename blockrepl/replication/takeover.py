@@ -130,7 +130,7 @@ class Takeover:
             if self.phase is Phase.DRAINING and self._planned:
                 return self._fail("a swap loses nothing, but the intermediate went away", PLANNED_HINT)
             if self.phase is Phase.DRAINING:
-                return [Event("the intermediate went away while draining"), *self._promise("promise", now_s)]
+                return [self._without("it went away while draining"), *self._promise("promise", now_s)]
             return self._counted(None) if self._counting else []
         return self._fail(f"{self.names[node]} went away ({why})", "run takeover again")
 
@@ -183,8 +183,11 @@ class Takeover:
         if self._planned:
             return self._fail("a swap loses nothing, but the intermediate does not answer", PLANNED_HINT)
         self.report.alone = self._fence_never
-        actions: list[Action] = [Event(f"without the intermediate ({self.calls.silent[self.intermediate]})")]
-        return actions + self._promise("promise", now_s)
+        return [self._without(self.calls.silent[self.intermediate]), *self._promise("promise", now_s)]
+
+    def _without(self, why: str) -> Action:
+        self.report.without = why
+        return Event(f"without the intermediate ({why})")
 
     def _ask_promise(self, nodes: list[int]) -> list[Action]:
         message = encode(Message.PROMISE, 0, epoch=self._epoch, dry_run=self.report.dry_run, marker=self._marker)

@@ -15,6 +15,7 @@ class Report:
     epoch_id: str = ""
     number: int = 0
     drained: bool = False  # the intermediate was alive: nothing acknowledged is lost
+    without: str = ""  # why it went on without the intermediate
     pair: str = ""  # of the group, as the intermediate or else a secondary knows it
     copying: bool = False  # some secondary is between START and END
     initial: bool = False  # … of an initial copy: it has no consistent image

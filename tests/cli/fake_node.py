@@ -2,7 +2,8 @@
 
 ``{"exit": code}`` ends at once; ``"ready_after"`` counts status requests before it is ready; ``"ignore"`` lists what it
 does not obey ("stop", "term"); ``"status"`` is what its status says; ``"answers"`` maps a command to a list of
-messages, the last one ``{"result": …}`` or ``{"error": [class, message]}``. Requests go to ``requests.jsonl``.
+messages, the last one ``{"result": …}`` or ``{"error": [class, message]}``, or to lists of such, one for each time, of
+which the last stays. Requests go to ``requests.jsonl``.
 """
 
 from __future__ import annotations
@@ -65,7 +66,10 @@ class FakeNode:
         async def handler(args: Message, progress: Progress) -> Message:
             with (self.node.directory / "requests.jsonl").open("a") as log:
                 log.write(json.dumps([name, args]) + "\n")
-            for message in self.plan["answers"][name]:
+            messages = self.plan["answers"][name]
+            if isinstance(messages[0], list):
+                messages = messages.pop(0) if len(messages) > 1 else messages[0]
+            for message in messages:
                 if "error" in message:
                     kind, text = message["error"]
                     raise getattr(errors, kind)(text)

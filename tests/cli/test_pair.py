@@ -91,15 +91,30 @@ def test_after_a_takeover_the_state_is_ssws_whatever_the_old_intermediate_says(g
 def test_a_planned_swap_takes_over_first_and_only_where_nothing_is_lost(group: FakeGroup, run: Run) -> None:
     group.plan("i1", status=middle())
     group.plan("p1", status=source(), answers={"reform": [{"result": REFORMED}]})
-    group.plan("s1", status=target(), answers={"takeover": [{"result": {"drained": False}}]})
+    group.plan("s1", status=target(), answers={"takeover": [{"result": {"drained": False, "pair": "PFUS"}}]})
     run("up", group.path)
     refused = run("pair", "resync", "--swap", group.path)
-    assert (refused.code, "loses nothing" in refused.err) == (2, True)
+    assert (refused.code, "a takeover now loses" in refused.err) == (2, True)
     assert group.requests("s1") == [["takeover", {"dry_run": True, "planned": True}]]
     assert group.requests("p1") == []
 
 
-REFORMED = {
+def test_a_busy_intermediate_is_asked_again_before_a_swap_is_refused(group: FakeGroup, run: Run) -> None:
+    busy: list[Any] = [{"result": {"drained": False, "without": "no answer"}}]
+    done: list[Any] = [{"result": {"drained": True, "lossless": True}}]
+    group.plan("i1", status=middle())
+    group.plan("p1", status=source(), answers={"reform": [{"result": REFORMED}]})
+    group.plan("s1", status=target(), answers={"takeover": [busy, busy, done]})
+    group.plan("s2", status=target(), answers={"takeover": busy})
+    run("up", group.path)
+    assert run("pair", "resync", "--swap", group.path).code == 0
+    assert [args for _, args in group.requests("s1")] == [{"dry_run": True, "planned": True}] * 3 + [{"planned": True}]
+    run("down", group.path, "--node", "s1")
+    refused = run("pair", "resync", "--swap", group.path)
+    assert (refused.code, "s2 does not reach the intermediate (no answer)" in refused.err) == (2, True)
+
+
+REFORMED: dict[str, Any] = {
     "sources": ["s1", "s2"], "targets": ["p1", "p2"], "number": 81, "epoch": {"number": 6, "id": "cc" * 16},
     "out_of_sync_bytes": 65536, "reasons": [], "dry_run": False,
 }  # fmt: skip
