@@ -269,7 +269,7 @@ _bodies: dict[int, Any] = {
         "end" / Int64ub,  # number of the END that it holds durably, for the copy under way; 0 for none
         "trusted" / Flag,  # its bitmaps say all
         "alone" / Flag,  # a source: it has completed writes that were never numbered. I: one may have
-        "marker" / Int64ub,  # the number of the marker asked for; 0: it is not held, or passed already
+        "marker" / Int64ub,  # the number of the marker asked for, if it is known here; 0: it is not
         "dirty_bytes" / Int64ub,  # written here and not at the other site, in blocks
     ),
     Message.STORE: Struct(

@@ -247,11 +247,6 @@ class Secondary:
             while len(self.markers) > MARKERS_MAX:
                 del self.markers[next(iter(self.markers))]
 
-    def marker(self, name: str) -> int:
-        """Where a takeover to this marker would stop; 0 when it is not held, or was passed."""
-        number = self.markers.get(name, 0)
-        return number if self.validated <= number <= self.held else 0
-
     def _take_control(self, head: RecordHead, record: memoryview) -> None:
         """A START may jump over what was never sent here; what it skips is in bitmaps (rule 19)."""
         number = control_number(record)

@@ -135,7 +135,7 @@ class Epochs:
             direction=state.direction, pair=state.pair, copying=copy is not None,
             copy_from=copy.copy_from if copy else 0, initial=copy is not None and copy.initial,
             end=copy.end if copy else 0, trusted=owner.trusted(), alone=state.active and owner.alone(),
-            marker=owner.marker(marker), dirty_bytes=owner.dirty_bytes,
+            marker=owner.markers.get(marker, 0), dirty_bytes=owner.dirty_bytes,
         )  # fmt: skip
 
     # stores

@@ -16,7 +16,7 @@ from blockrepl.formats.link import NO_EPOCH, Epoch, LinkRole, Message, Pair, enc
 from blockrepl.replication.actions import Action, Event
 from blockrepl.replication.calling import Calls
 from blockrepl.replication.machine import Machine
-from blockrepl.replication.takeover_report import Report, between, reaches
+from blockrepl.replication.takeover_report import Report, between, reaches, why_not_at_marker
 
 
 class Phase(Enum):
@@ -318,15 +318,10 @@ class Takeover:
         report, answers = self.report, self._answers
         number = min(answer["held"] for answer in answers.values())
         if self._marker:
-            numbers = {answer["marker"] for answer in answers.values()}
-            without = [self.names[node] for node, answer in answers.items() if not answer["marker"]]
-            if without or len(numbers) > 1:
-                return (
-                    f'the marker "{self._marker}" is not held by {", ".join(without) or "all alike"}: '
-                    "it never came, or more than it is applied there",
-                    "`takeover` without --to-marker goes to the highest number that all hold",
-                )
-            number = numbers.pop()
+            named = {self.names[node]: answer for node, answer in answers.items()}
+            if why := why_not_at_marker(self._marker, named):
+                return why, "`takeover` without --to-marker goes to the highest number that all hold"
+            number = next(iter(answers.values()))["marker"]
         if report.dry_run and report.drained:
             number = max(number, self._intermediate["held"])
         inside = [answer for answer in answers.values() if between(answer, number)]
@@ -337,6 +332,12 @@ class Takeover:
             return (
                 "an initial copy has not ended: the secondaries are at no number, there is nothing to go back to",
                 "`pair wait -s PAIR` while the primary site lives; `takeover --force` takes the images as they are",
+            )
+        if inside and self._marker:
+            who = ", ".join(self.names[node] for node, answer in answers.items() if answer in inside)
+            return (
+                f'at the marker "{self._marker}" ({number}) {who} would be in the middle of a copy',
+                "`takeover` without --to-marker goes back to where the copy began",
             )
         if inside and not report.initial:
             report.rolled_back_from = number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -56,3 +57,21 @@ def reaches(answer: dict[str, Any], number: int) -> bool:
     """Whether a secondary can be brought to ``number``: forward, or back by its undo file."""
     back = answer["copying"] and not answer["initial"] and answer["copy_from"] == number
     return bool(back or answer["validated"] <= number)
+
+
+def why_not_at_marker(name: str, answers: Mapping[str, dict[str, Any]]) -> str:
+    """Why secondaries cannot all be brought to a marker, each by its name; empty when they can."""
+    problems = []
+    for node, answer in answers.items():
+        number = answer["marker"]
+        if not number:
+            problems.append(f"{node} does not know it")
+        elif number < answer["validated"]:
+            problems.append(f"{node} has gone beyond it, to {answer['validated']}")
+        elif number > answer["held"]:
+            problems.append(f"{node} holds all up to {answer['held']} only")
+    numbers = sorted({answer["marker"] for answer in answers.values() if answer["marker"]})
+    at = f" (number {', '.join(map(str, numbers))})" if numbers else ""
+    if not problems and len(numbers) > 1:
+        problems.append("it was put twice, and not all have got it the second time")
+    return f'no stop at the marker "{name}"{at}: {"; ".join(problems)}' if problems else ""

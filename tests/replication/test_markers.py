@@ -12,7 +12,8 @@ from blockrepl.formats.record import RecordKind, control_number, decode_record, 
 from blockrepl.replication.actions import Append, SaveState, SyncJournal
 from blockrepl.replication.secondary import Secondary
 from blockrepl.replication.takeover import Phase, Takeover
-from tests.replication.roles import GROUP, MID, ONE, S1, S2, hello, messages, secondary, welcome
+from blockrepl.replication.takeover_report import why_not_at_marker
+from tests.replication.roles import GROUP, MID, ONE, S1, S2, arrives, hello, messages, secondary, welcome
 from tests.replication.test_pairing import Group, split_group
 
 
@@ -104,8 +105,46 @@ def test_a_takeover_stops_at_a_marker_that_all_hold_and_none_has_passed() -> Non
     assert (opener.phase, opener.report.number) == (Phase.STORING, 3)
 
 
-@pytest.mark.parametrize(("name", "validated"), [("m", 4), ("other", 1)])
-def test_a_marker_that_was_passed_or_never_came_is_refused_in_words(name: str, validated: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "validated", "words"),
+    [
+        ("m", 4, 'no stop at the marker "m" (number 3): s1 has gone beyond it, to 4; s2 has gone beyond it, to 4'),
+        ("other", 1, 'no stop at the marker "other": s1 does not know it; s2 does not know it'),
+    ],
+)
+def test_a_marker_that_was_passed_or_never_came_is_refused_in_words(name: str, validated: int, words: str) -> None:
     opener = takeover(name, validated)
+    assert (opener.phase, opener.problem) == (Phase.FAILED, words)
+
+
+def held(**fields: int) -> dict[str, Any]:
+    return {"marker": 7, "validated": 5, "held": 9, **fields}
+
+
+def test_a_marker_that_some_secondary_holds_in_part_or_of_another_time_is_no_place_to_stop_at() -> None:
+    assert why_not_at_marker("m", {"s1": held(), "s2": held(validated=7)}) == ""
+    assert "s2 holds all up to 6 only" in why_not_at_marker("m", {"s1": held(), "s2": held(held=6)})
+    assert "(number 7, 8): it was put twice" in why_not_at_marker("m", {"s1": held(), "s2": held(marker=8)})
+
+
+def test_a_takeover_to_a_marker_in_the_middle_of_a_copy_says_so_and_does_not_go_elsewhere() -> None:
+    opener = chosen("m", copying=True, copy_from=2)
     assert opener.phase is Phase.FAILED
-    assert "is not held by s1, s2" in opener.problem
+    assert 'at the marker "m" (7) s1, s2 would be in the middle of a copy' in opener.problem
+    assert chosen("m", copying=True, copy_from=7).report.number == 7
+
+
+def chosen(marker: str, **more: Any) -> Takeover:
+    """A takeover whose secondaries have promised the same."""
+    opener = Takeover(
+        group=GROUP, node=S1, name="s1", intermediate=MID, secondaries=[S1, S2],
+        names={MID: "i", S1: "s1", S2: "s2"}, new_id=lambda: b"n" * 16, now_s=0.0, marker=marker,
+    )  # fmt: skip
+    opener.unreachable(MID, "gone", 0.0)
+    for node in (S1, S2):
+        opener.connected(node, node, bytes(16))
+        opener.received(node, Message.WELCOME, {**welcome(epoch=ONE), "node": node}, 0.0)
+    told = {"stored": ONE, "applied": 5, "active": False, "number": 0, "members": [], "numbered": 9, **held(), **more}
+    for node in (S1, S2):
+        opener.received(node, Message.PROMISED, arrives(Message.PROMISED, epoch=opener._epoch, **told), 0.0)
+    return opener
