@@ -522,12 +522,11 @@ class Pairing:
 
     def _all_copied(self) -> list[Action]:
         owner, state = self._owner, self._owner.state
-        away = set(owner.senders.by_node) - set(state.excluded) - self._copied
+        # An excluded one too: at an END without its volumes the secondaries would be at no number, and bits would go.
+        away = set(owner.senders.by_node) - self._copied
         if away or (self.copies_here and not self._own_copied):
             return []
         self.machine.go("copied")
-        if state.excluded:  # its volumes were not compared
-            state.filling = False
         actions: list[Action] = [
             owner.control(RecordKind.END, stream, state.start, 0) for stream in owner.streams.by_node.values()
         ]

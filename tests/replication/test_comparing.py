@@ -189,14 +189,15 @@ def test_in_journal_mode_a_verify_fills_nothing() -> None:
     assert (group.role.state.filled, group.role.state.filling) == (False, False)
 
 
-def test_a_verify_without_an_excluded_primary_leaves_them_as_they_are() -> None:
+def test_20_no_copy_ends_without_an_excluded_primary() -> None:
+    """Its volumes would be at no number, and the bits that say so would be cleared."""
     group = local(split())
     resync(group, verify=True)
     group.do(group.role.lost(LINKS[P2], 0.0))
     group.do(group.role.exclude(P2))
     finish(group, P1)
-    assert group.pair.name == "PAIR"
-    assert (group.role.state.filled, group.role.state.filling) == (False, False)
+    assert group.pair.name == "COPY"
+    assert not group.role.state.end
 
 
 def test_a_verify_that_was_broken_off_is_not_replaced_by_a_resync_of_bits() -> None:
