@@ -12,7 +12,10 @@ from xdist.scheduler import LoadFileScheduling
 
 # Files that take more than half a minute on a quiet machine, the longest first.
 LONG = (
-    "tests/torture/test_torture.py",
+    "tests/torture/test_torture.py", "tests/sim/test_seeds.py", "tests/iscsi/test_suite.py",
+    "tests/system/test_pair.py", "tests/demo/test_demo.py", "tests/system/test_kill.py", "tests/sim/test_planted.py",
+    "tests/system/test_volumes_mode.py", "tests/system/test_takeover.py", "tests/system/test_bounds.py",
+    "tests/lab/test_iscsi.py", "tests/iscsi/test_storm.py", "tests/sim/model/test_model.py",
 )  # fmt: skip
 TOGETHER = ("tests/lab/",)  # folders whose files share a guest that takes long to boot
 

@@ -1,4 +1,7 @@
-"""Whole groups under faults: BLOCKREPL_SIM_SEEDS says how many seeds; `scripts/simulate` does more."""
+"""Whole groups under faults: BLOCKREPL_SIM_SEEDS seeds, and as many more as fit into BLOCKREPL_SIM_MINUTES.
+
+`scripts/simulate` does more.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +11,41 @@ from collections import deque
 import pytest
 
 from tests.sim.bugs import by_name, options_for
-from tests.sim.campaign import campaign
+from tests.sim.campaign import Tally, campaign
 from tests.sim.case import Case, Failure
 from tests.sim.group import Group, Options
 from tests.sim.shrink import Shrinker
 
 SEEDS = int(os.environ.get("BLOCKREPL_SIM_SEEDS", "80"))
+MINUTES = float(os.environ.get("BLOCKREPL_SIM_MINUTES", "4"))
 PART = 40
+# Processes of a campaign: the cores that the other workers of pytest-xdist leave.
+JOBS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("first", range(0, SEEDS, PART))
 def test_no_seed_breaks_an_invariant(first: int) -> None:
-    tally = campaign(first, min(PART, SEEDS - first), Options(), keep_going=True)
+    tally = campaign(first, min(PART, SEEDS - first), Options(), keep_going=True, jobs=JOBS)
+    fail_with_story(tally)
+    assert tally.runs == min(PART, SEEDS - first)
+    assert tally.counts["completions"] > 50 * tally.runs
+
+
+@pytest.mark.timeout(60 * MINUTES + 600)
+def test_no_seed_that_fits_into_the_time_breaks_an_invariant() -> None:
+    tally = campaign(SEEDS, 1_000_000, Options(), keep_going=True, jobs=JOBS, minutes=MINUTES)
+    print(tally)
+    fail_with_story(tally)
+    assert tally.runs > 0
+
+
+def fail_with_story(tally: Tally) -> None:
+    """Of the shortest failure, and how to see it again."""
     if tally.failures:
         case, failure = min(tally.failures, key=lambda each: each[1].at_s)
         story = "\n".join(deque(case.story(), maxlen=60))
         pytest.fail(f"{story}\n\n{failure.text}\n{failure.where}\nreplay: {case.command()} (--shrink makes it short)")
-    assert tally.runs == min(PART, SEEDS - first)
-    assert tally.counts["completions"] > 50 * tally.runs
 
 
 def test_a_run_is_the_same_every_time() -> None:
