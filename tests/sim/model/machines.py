@@ -10,7 +10,16 @@ from typing import Any
 
 from blockrepl.block import Op, WriteBatch
 from blockrepl.chunks import Chunk
-from blockrepl.formats.link import BULK, HEADER_BYTES, Epoch, decode_body, decode_header
+from blockrepl.errors import ProtocolError
+from blockrepl.formats.link import (
+    BULK,
+    HEADER_BYTES,
+    Epoch,
+    Message,
+    bulk_header,
+    decode_body,
+    decode_header,
+)
 from blockrepl.formats.record import RecordHead, decode_batch, decode_record, iterate_entries
 from blockrepl.formats.state import (
     IntermediateState,
@@ -78,7 +87,12 @@ class Machine:
     def step(self, event: tuple[Any, ...]) -> list[Output]:
         """One event: its name, then arguments."""
         self._out = []
-        getattr(self, "on_" + event[0])(*event[1:])
+        try:
+            getattr(self, "on_" + event[0])(*event[1:])
+        except ProtocolError:  # as hosts do: whose message does not fit is hung up on
+            link = event[1]
+            self._out.append(("close", link, b""))
+            self.on_lost(link)
         out, self._out = self._out, []
         self.tidy()
         return out
@@ -133,7 +147,7 @@ class Machine:
         self.perform(self.role.lost(link, 0.0))
 
     def on_dialled(self, link: int, peer: str) -> None:
-        nonce = bytes([link]) * 16
+        nonce = b"n" * 16  # a WELCOME comes on the connection that its HELLO went out on, here
         self.perform(self.connected(link, peer, nonce))
 
     def connected(self, link: int, peer: str, nonce: bytes) -> list[Action]:
@@ -345,6 +359,7 @@ class IntermediateMachine(JournalMachine):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.superblock = encode_intermediate(IntermediateState(epoch=ONE, promised=ONE))
+        self.heard = {4: 0, 5: 0}  # ghost: secondary → it has said that it holds all up to here, durably
 
     def on_boot(self) -> None:
         self.boots += 1
@@ -391,6 +406,13 @@ class IntermediateMachine(JournalMachine):
     def on_message(self, link: int, data: bytes) -> None:
         super().on_message(link, data)
         self.commit()
+
+    def control(self, link: int, kind: int, fields: dict[str, Any], epoch: int) -> list[Action]:
+        node = self.role._hello_links.get(link)
+        said = {Message.PREPARED: ("number",), Message.WELCOME: ("prepared", "validated"), Message.PROMISED: ("held",)}
+        for name in said.get(Message(kind), ()) if node else ():
+            self.heard[node] = max(self.heard[node], fields[name])
+        return super().control(link, kind, fields, epoch)
 
     def bulk(self, link: int, epoch: int, chunk: Chunk) -> None:
         head = decode_batch(chunk.view)
@@ -439,8 +461,6 @@ class IntermediateMachine(JournalMachine):
 
 def intermediate_bulk(epoch: int, record: bytes) -> bytes:
     """A RECORD message."""
-    from blockrepl.formats.link import Message, bulk_header
-
     return bulk_header(Message.RECORD, epoch, len(record)) + record
 
 
@@ -610,7 +630,15 @@ class SecondaryMachine(JournalMachine):
 class OpenerMachine(Machine):
     """A takeover, which runs on s1's machine."""
 
-    PEERS = ("i", "s1", "s2")
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.done_at = -1  # ghost: the number of a drained takeover that is done
+
+    def step(self, event: tuple[Any, ...]) -> list[Output]:
+        out = super().step(event)
+        if self.role is not None and self.role.phase is takeover.Phase.DONE and self.role.report.drained:
+            self.done_at = self.role.report.number
+        return out
 
     def on_boot(self) -> None:
         self.role = Takeover(
