@@ -26,6 +26,8 @@ class SimBitmaps:
             volume: Bitmap(size, BITMAP_BLOCK, bytes(self._files[volume].cache)) for volume, size in sizes.items()
         }
         self.on_failed: Callable[[OSError], None] = lambda _error: None
+        self._flying = False
+        self._waiting: list[Callable[[], None]] = []
         for volume, bitmap in self.bitmaps.items():
             process.effect()
             self._files[volume].write(0, bytes(bitmap.bits))
@@ -38,12 +40,20 @@ class SimBitmaps:
             process.machine.files[f"{prefix} {volume}"] = SimFile(len(Bitmap(size, BITMAP_BLOCK).bits))
 
     def save(self, done: Callable[[], None]) -> None:
-        """Write what changed, sync it, then ``done``."""
+        """Write what changed, sync it, then ``done``; behind a save under way, as `BitmapFile.save`."""
+        self._waiting.append(done)
+        if not self._flying:
+            self._start()
+
+    def _start(self) -> None:
+        waiting, self._waiting = self._waiting, []
         wanted = [volume for volume, bitmap in self.bitmaps.items() if bitmap.changed]
         left = len(wanted)
         if not left:
-            self._process.workers.later(done)
+            for done in waiting:
+                self._process.workers.later(done)
             return
+        self._flying = True
 
         def synced(error: OSError | None) -> None:
             nonlocal left
@@ -51,7 +61,11 @@ class SimBitmaps:
             if error is not None:
                 self.on_failed(error)
             elif not left:
-                done()
+                self._flying = False
+                if self._waiting:
+                    self._start()
+                for done in waiting:
+                    done()
 
         for volume in wanted:
             self.bitmaps[volume].changed.clear()
