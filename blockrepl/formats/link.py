@@ -181,6 +181,7 @@ _bodies: dict[int, Any] = {
         "copy_from" / Int64ub,  # S: the number it would go back to
         "split" / Flag,  # S: split from the group, waits for REJOIN
         "rolling" / Flag,  # S: its stored epoch came from a takeover
+        "recovered" / Flag,  # S: the primary beside it, if any, has read back what its P-VOLs lacked (rule 7)
     ),
     Message.REFUSED: Struct(
         "code" / Int16ub,
@@ -303,7 +304,7 @@ DEFAULTS: dict[int, dict[str, Any]] = {
     Message.HELLO: {"suspended": False, "trusted": True, "direction": 0},
     Message.WELCOME: {
         "direction": 0, "pair": Pair.PAIR, "numbering": True, "resync": 0, "resynced": 0, "copying": False,
-        "copy_from": 0, "split": False, "rolling": False,
+        "copy_from": 0, "split": False, "rolling": False, "recovered": True,
     },
     Message.HEARTBEAT: {"pair": Pair.PAIR},
     Message.DIGESTED: {"here": []},

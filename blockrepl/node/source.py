@@ -142,6 +142,11 @@ class Source:
         role = self.host.role
         return role.suspending or (bool(role.state.suspended) and role.state.alone and not role.state.detached)
 
+    @property
+    def recovered(self) -> bool:
+        """Its P-VOLs hold what they should: nothing is to be read back from the intermediate's journal (rule 7)."""
+        return self.host.role.serving
+
     # role changes
 
     def reform(self, epoch: Epoch, direction: int, done: Callable[[], None]) -> None:

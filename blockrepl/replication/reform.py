@@ -146,9 +146,24 @@ class Reform:
                 f"every node is needed, silent: {who}",
                 f"start it: blockrepl up --node {up}; one that is lost: blockrepl replace --node {up}",
             )
+        if lacking := self._not_recovered():
+            who = ", ".join(self.question.names[node] for node in lacking)
+            return self._fail(
+                f"{who} has not read back yet what its volumes lack: the intermediate would forget it",
+                f"wait until {who} serves: blockrepl status; --force takes the volumes as they are",
+            )
         self.epoch = Epoch(self.calls.highest_epoch + 1, self._new_id())
         self.machine.go("promise")
         return self._ask_promises(now_s)
+
+    def _not_recovered(self) -> list[int]:
+        """Sources that wait for their own records, which the intermediate has: asked before anything is promised.
+
+        A new intermediate has none; then the volumes are what there is (rule 8).
+        """
+        if self.question.force or not self.calls.welcomes[self.intermediate]["epoch"].number:
+            return []
+        return [node for node in self.question.sources if not self.calls.welcomes[node]["recovered"]]
 
     def _ask_promises(self, now_s: float) -> list[Action]:
         self._deadline_s = now_s + self._patience_s

@@ -68,6 +68,7 @@ class Secondary:
         self.numbered_seen = state.prepared
         self.bitmaps = bitmaps or {}
         self.trusted: Callable[[], bool] = lambda: True  # whether those say all
+        self.replayed: Callable[[], bool] = lambda: True  # whether the P-VOLs of a source hold all that they should
         self.alone: Callable[[], bool] = lambda: False  # a source: whether it completed writes that nobody numbered
         self.epochs = Epochs(self)
         self.copying = Copying(self)
@@ -197,7 +198,7 @@ class Secondary:
             hello, epoch=state.epoch, promised=state.promised, through=self.received, credit=self._credit,
             validated=self.validated, prepared=state.prepared, applied=self.applied, active=state.active,
             direction=state.direction, pair=state.pair, copying=state.copying, copy_from=state.copy_from,
-            split=state.split, rolling=state.rolling,
+            split=state.split, rolling=state.rolling, recovered=self.replayed(),
         )  # fmt: skip
 
     def _refuse(self, link: int, code: Refusal, text: str) -> Close:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from blockrepl.formats.link import Epoch, LinkRole, Message
+from blockrepl.formats.link import NO_EPOCH, Epoch, LinkRole, Message
 from blockrepl.replication.actions import Action
 from blockrepl.replication.reform import MAX_TRIES, Phase, Reform
 from tests.replication.roles import GROUP, said
@@ -50,7 +50,7 @@ class Group:
 
     def greet(self, *nodes: int) -> None:
         for node in nodes or ALL:
-            self.hear(node, Message.WELCOME, epoch=TAKEN, promised=TAKEN)
+            self.hear(node, Message.WELCOME, epoch=TAKEN, promised=TAKEN, recovered=True)
 
     def promise(self, *nodes: int, epoch: Epoch | None = None) -> None:
         for node in nodes or ALL:
@@ -137,3 +137,21 @@ def test_it_introduces_itself_as_one_who_forms_the_group_anew() -> None:
     message = said(role.connected(1, I1, b"n" * 16)[0])
     assert message is not None
     assert message[2]["role"] == LinkRole.REFORMER
+
+
+def test_7_nothing_is_promised_while_a_source_has_not_read_back_what_its_volumes_lack() -> None:
+    """Else the intermediate forgets it, and the targets, which have it, are overwritten."""
+    group = Group()
+    for node in ALL:
+        group.hear(node, Message.WELCOME, epoch=TAKEN, promised=TAKEN, recovered=node != S2)
+    assert group.role.phase is Phase.FAILED
+    assert group.told(Message.PROMISE) == []
+    assert "s2 has not read back" in group.role.problem
+
+
+def test_8_beside_a_new_intermediate_there_is_nothing_to_be_read_back() -> None:
+    group = Group()
+    for node in ALL:
+        epoch = NO_EPOCH if node == I1 else TAKEN
+        group.hear(node, Message.WELCOME, epoch=epoch, promised=epoch, recovered=node != S2)
+    assert group.role.phase is Phase.PROMISING

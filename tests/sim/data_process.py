@@ -128,6 +128,7 @@ class DataProcess(Process):
         self.images = {v: SimImage(self.machine.files[f"volume {v}"], self) for v in self.volume_ids}
         self.host = self._open_target()
         self.host.role.trusted = lambda: self.source is None or self.source.trusted
+        self.host.role.replayed = lambda: self.source is None or self.source.host.role.serving
         if self.host.role.state.active:
             self.source = SimSource(self, self.host.role.state)
         return self.host
