@@ -53,7 +53,7 @@ class SitesOracle(Watcher):
         self.completions = 0
         self.in_pair = True
         self.journal_lost = False  # the intermediate is new; nothing was formed anew yet
-        self.taken: tuple[int, bool] | None = None  # by a takeover since the last reform: number, drained
+        self.taken: tuple[int, bool, int] | None = None  # by the newest takeover since a reform: number, drained, epoch
         self.kept: dict[
             str, tuple[int, dict[int, bytes], str]
         ] = {}  # targets formed anew: number, content, what it was
@@ -196,6 +196,9 @@ class SitesOracle(Watcher):
     def reformed(self, process: Process, number: int) -> None:
         self.history.begin_anew(number)
         self._keys = set()
+        for write in (*self.submitting.values(), *self._writes.values()):
+            if write is not None:  # numbers that only a lost journal knew are given again
+                write.after = min(write.after, number)
         self.acked = self.durable = self.validate_sent = self.completed = number
         self.completed_of.clear()
         self.journal_lost, self.taken = False, None
@@ -382,8 +385,8 @@ class SitesOracle(Watcher):
             report.lost_writes <= max(0, self.numbered - report.number),
             f"says {report.lost_writes} are lost above {report.number}, of {self.numbered}",
         )
-        if self.taken is None:
-            self.taken = report.number, report.drained and not report.completed and self.in_pair
+        if self.taken is None or self.taken[2] != report.epoch:  # a reform that did not reach the intermediate
+            self.taken = report.number, report.drained and not report.completed and self.in_pair, report.epoch
         demand(self.taken[0] == report.number, f"taken over at {self.taken[0]} and at {report.number}")
         self.taken_over_at = report.number
 
