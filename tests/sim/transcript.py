@@ -62,15 +62,17 @@ class Transcript:
         """Let them talk."""
         self.group.world.run(self.group.world.now_s + seconds)
 
-    def write(self, volume: int, blocks: int = 1, site: int = 0) -> Write:
-        """A host writes the first blocks."""
+    def write(self, volume: int, blocks: int = 1, site: int = 0, fill: bytes = b"\0") -> Write:
+        """A host writes ``fill`` into the first blocks."""
         from tests.replication.roles import write
 
         group = self.group
         process: Any = group.processes[str(group.layout.volumes[volume][site])]
         size = blocks * BLOCK
         batch = write(size)
-        ours = Write(volume, list(batch.ops), [0], [size], [bytes(size)], group.oracle.completed)
+        payload = (fill * size)[:size]
+        batch.payloads[0] = memoryview(payload)
+        ours = Write(volume, list(batch.ops), [0], [size], [payload], group.oracle.completed)
         group.oracle.host_submits(process, batch, ours)
 
         def done(batch: Any) -> None:
