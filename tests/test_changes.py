@@ -77,6 +77,15 @@ def test_a_larger_volume_is_a_change(tmp_path: Path) -> None:
     assert found.problems == []
 
 
+def test_rings_may_be_larger_or_smaller(tmp_path: Path) -> None:
+    found = planned(tmp_path, '"g"\n', '"g"\njournal = "128MiB"\nsecondary_journal = "1GiB"\n')
+    assert found.problems == []
+    assert [(each.what, each.text) for each in found.changes] == [
+        ("the intermediate's journal", "has a ring of 128 MiB instead of 256 MiB"),
+        ("every other journal", "has a ring of 1 GiB instead of 256 MiB"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "where", "words", "hint"),
     [
@@ -90,8 +99,6 @@ def test_a_larger_volume_is_a_change(tmp_path: Path) -> None:
          "write block_size = 4096"),
         ('"g"\n', '"g"\nbitmap_block = "128KiB"\n', "$.group.bitmap_block", "is 65536", "write bitmap_block = 65536"),
         ('"g"\n', '"h"\n', "$.group.name", "is g in the running group, not h", "write name = 'g'"),
-        ('"g"\n', '"g"\njournal = "128MiB"\n', "$.group.journal", "is 256 MiB in the running group, not 128 MiB",
-         'write journal = "256MiB"'),
         ('name = "p2"', 'name = "p9"', "$.node[1].name", "node 2 of the running group is called p2, not p9",
          'write name = "p2"'),
         ('name = "i1"', 'name = "i1"\nid = 9', "$.node[2].id", "node i1 has id 3 in the running group", "write id = 3"),

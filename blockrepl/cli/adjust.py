@@ -12,7 +12,7 @@ from blockrepl.cli.client import call
 from blockrepl.cli.output import console, error_console, print_error, print_json
 from blockrepl.cli.targets import File, Json, Target, find
 from blockrepl.definition import Definition, Node, configuration_from
-from blockrepl.definition.changes import Plan, plan
+from blockrepl.definition.changes import Plan, plan, size_text
 from blockrepl.errors import BlockreplError, UsageError
 
 PREPARE_S = 600.0  # files are written meanwhile
@@ -38,17 +38,29 @@ def adjust(
     wanted = _planned(definition, reports, as_json=as_json, dry_run=dry_run)
     asked = {"configuration": to_builtins(wanted.wanted)}
     digest = wanted.wanted.digest
+    moves = _moves(definition, reports)
+    for node, journal in moves:
+        _say(f"{node.name}: its journal {_move_text(reports[node.name]['journal'], journal)}", as_json)
     behind = [name for name, report in reports.items() if report["digest"] != digest]
-    if not behind and not wanted.changes:
+    if not behind and not wanted.changes and not moves:
+        _say("nothing to change: the group runs as its definition says", as_json)
         return
     for node in nodes:
         call(node.directory, "config_prepare", {**asked, "dry_run": True})
+    if behind and definition.replicated and definition.intermediate in nodes:
+        call(definition.intermediate.directory, "configure", {"digest": digest, "dry_run": True})
+    for node, journal in moves:
+        call(node.directory, "journal_move", {**journal, "dry_run": True})
     if dry_run:
         return
     for node in nodes:
         call(node.directory, "config_prepare", asked, timeout_s=PREPARE_S)
         _say(f"{node.name}: prepared", as_json)
-    _take(definition, nodes, digest, as_json=as_json)
+    for node, journal in moves:
+        call(node.directory, "journal_move", journal, timeout_s=PREPARE_S)
+        _say(f"{node.name}: its journal is moved", as_json)
+    if behind:
+        _take(definition, nodes, digest, as_json=as_json)
 
 
 def _planned(definition: Definition, reports: dict[str, Report], *, as_json: bool, dry_run: bool) -> Plan:
@@ -81,9 +93,29 @@ def _planned(definition: Definition, reports: dict[str, Report], *, as_json: boo
         raise first
     for change in found.changes:
         _say(f"{change.what} {change.text}", as_json)
-    if not found.changes:
-        _say("nothing to change: the group runs as its definition says", as_json)
     return found
+
+
+def _moves(definition: Definition, reports: dict[str, Report]) -> list[tuple[Node, dict[str, Any]]]:
+    """Journals that are not as the file says, and how it wants them; the secondaries' before the intermediate's."""
+    moves = []
+    for node in sorted(definition.local_nodes(), key=lambda node: node.role == "intermediate"):
+        group = definition.group
+        ring = int(group.journal if node.role == "intermediate" else group.secondary_journal)
+        wanted = {"path": str(node.journal_path), "ring_bytes": ring}
+        there = reports[node.name].get("journal")
+        if there is not None and there != wanted:
+            moves.append((node, wanted))
+    return moves
+
+
+def _move_text(there: dict[str, Any], wanted: dict[str, Any]) -> str:
+    parts = []
+    if there["path"] != wanted["path"]:
+        parts.append(f"moves from {there['path']} to {wanted['path']}")
+    if there["ring_bytes"] != wanted["ring_bytes"]:
+        parts.append(f"gets a ring of {size_text(wanted['ring_bytes'])} instead of {size_text(there['ring_bytes'])}")
+    return " and ".join(parts)
 
 
 def _take(definition: Definition, nodes: Sequence[Node], digest: int, *, as_json: bool) -> None:

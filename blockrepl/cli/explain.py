@@ -115,14 +115,15 @@ def _journaled(definition: Definition, names: set[str], number: int) -> list[Mes
     from blockrepl.cli.journal_reader import JournalReader
     from blockrepl.formats.journal import FrameKind
     from blockrepl.formats.record import RecordKind, check_record, iterate_entries
-    from blockrepl.node.create import JOURNAL_NAME, journal_identity
+    from blockrepl.node.config_file import journal_path
+    from blockrepl.node.create import journal_identity
 
     node = definition.intermediate
     senders = {each.id: each.name for each in definition.nodes if each.name in names}
     volumes = {volume.id: volume.name for volume in definition.volumes}
     found: list[Message] = []
     try:
-        reader = JournalReader(node.directory / JOURNAL_NAME, journal_identity(definition, node))
+        reader = JournalReader(journal_path(definition, node), journal_identity(definition, node))
     except BlockreplError:
         return []
     try:

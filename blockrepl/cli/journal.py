@@ -18,8 +18,9 @@ from blockrepl.definition import Definition, Node
 from blockrepl.errors import DamagedError, UsageError
 from blockrepl.formats.journal import FrameHeader, FrameKind
 from blockrepl.formats.record import OP_DIGEST, RecordHead, RecordKind, check_record, iterate_entries
+from blockrepl.node.config_file import journal_path
 from blockrepl.node.control_messages import Message
-from blockrepl.node.create import JOURNAL_NAME, journal_identity, state_files
+from blockrepl.node.create import journal_identity, state_files
 
 OP_NAMES = {int(op): op.name.lower() for op in Op} | {OP_DIGEST: "digest"}
 
@@ -40,10 +41,10 @@ def journal(
     """
     definition = find(target, file)
     chosen = definition.node(node) if node is not None else definition.intermediate
-    if JOURNAL_NAME not in [path.name for path in state_files(definition, chosen)]:
+    if chosen.journal_path not in state_files(definition, chosen):
         others = ", ".join(each.name for each in definition.nodes if state_files(definition, each))
         raise UsageError(f"{chosen.name} has plain volumes only, and no journal", hint=f"journals are at {others}")
-    reader = JournalReader(chosen.directory / JOURNAL_NAME, journal_identity(definition, chosen))
+    reader = JournalReader(journal_path(definition, chosen), journal_identity(definition, chosen))
     try:
         frames, left_out = _newest(reader, limit)
         summary = _summary(definition, chosen, reader, left_out)

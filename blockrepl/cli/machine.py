@@ -168,7 +168,7 @@ def _still_needed(definition: Definition, node: Node) -> int:
     needed = sum(max(0, volume.size_bytes - _allocated(node.directory / f"{volume.name}.img")) for volume in volumes)
     journals = {"intermediate": definition.group.journal, "secondary": definition.group.secondary_journal}
     journal = int(journals.get(node.role, 0))
-    return needed + max(0, journal - _allocated(node.directory / "journal"))
+    return needed + max(0, journal - _allocated(node.journal_path))
 
 
 def _allocated(path: Path) -> int:

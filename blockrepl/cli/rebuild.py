@@ -72,10 +72,11 @@ def _check(definition: Definition, node: Node, *, force: bool) -> None:
     from blockrepl.cli.journal_reader import JournalReader
     from blockrepl.formats.slots import SLOTS_BYTES
     from blockrepl.formats.state import decode_primary, decode_secondary
-    from blockrepl.node.create import JOURNAL_NAME, STATE_NAME, journal_identity, state_identity
+    from blockrepl.node.config_file import journal_path
+    from blockrepl.node.create import STATE_NAME, journal_identity, state_identity
     from blockrepl.storage.slots import Slots
 
-    reader = JournalReader(node.directory / JOURNAL_NAME, journal_identity(definition, node))
+    reader = JournalReader(journal_path(definition, node), journal_identity(definition, node))
     active = decode_secondary(reader.state).active
     reader.close()
     if not active:

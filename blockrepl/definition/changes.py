@@ -64,7 +64,7 @@ def plan(definition: Definition, running: Configuration, fixed: dict[str, Any]) 
             text = f"grows from {size_text(row.size)} to {size_text(volume.size_bytes)}"
             changes.append(Change(f"volume {volume.name}", "grow", text, row.id))
     problems += [_cannot_remove(definition, row) for row in rows.values()]
-    problems += _journal_problems(definition, running)
+    changes += _journal_changes(definition, running)
     notes = [
         f"{key} is {there!r} in the running nodes and {getattr(definition.group, key)!r} in the file: restart the nodes"
         for key, there in fixed["at_start"].items()
@@ -150,10 +150,9 @@ def _cannot_remove(definition: Definition, row: VolumeRow) -> DefinitionError:
     return DefinitionError(f"{definition.path}: $.volume", text, hint="write it back")
 
 
-def _journal_problems(definition: Definition, running: Configuration) -> Iterator[DefinitionError]:
-    for key in ("journal", "secondary_journal"):
+def _journal_changes(definition: Definition, running: Configuration) -> Iterator[Change]:
+    """Rings: how large each may be, its node says. Where they lie is between the node and the file."""
+    for key, what in (("journal", "the intermediate's journal"), ("secondary_journal", "every other journal")):
         there, here = getattr(running, key), int(getattr(definition.group, key))
         if there != here:
-            text = f"is {size_text(there)} in the running group, not {size_text(here)}"
-            hint = f'write {key} = "{size_text(there).replace(" ", "")}": a running journal keeps its size yet'
-            yield DefinitionError(f"{definition.path}: $.group.{key}", text, hint=hint)
+            yield Change(what, "journal", f"has a ring of {size_text(here)} instead of {size_text(there)}")

@@ -61,7 +61,13 @@ class Node(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     listen: Address | None = None
     nbd: Address | None = None
     iscsi: Portals | None = None
+    journal: Path | None = None
     id: int = 0
+
+    @property
+    def journal_path(self) -> Path:
+        """Where its journal is made; a running node's may have been moved."""
+        return self.journal or self.directory / "journal"
 
     @property
     def control_path(self) -> Path:

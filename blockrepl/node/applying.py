@@ -80,6 +80,11 @@ class Applier:
             held.chunk = held.record = None
             self.cached_bytes -= held.head.size_bytes
 
+    def relocate(self, offsets: Mapping[int, int]) -> None:
+        """The journal was moved: first number → where its record stands now. What it lacks is in memory alone."""
+        for item in self.held:
+            item.body_offset = offsets.get(item.head.first, item.body_offset)
+
     def discard_above(self, number: int) -> None:
         """The journal gives up what lies above ``number``."""
         while self.held and self.held[-1].head.last > number:
@@ -155,7 +160,8 @@ class Applier:
                 item.record = memoryview(record)
             self._on()
 
-        self._workers.run(lambda: self._journal.read(item.body_offset, size), read_done)
+        read, offset = self._journal.reader(), item.body_offset
+        self._workers.run(lambda: read(offset, size), read_done)
 
     def _store(self, head: RecordHead, record: memoryview) -> bool:
         self.last_ns = head.time_ns

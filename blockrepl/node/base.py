@@ -8,6 +8,7 @@ import fcntl
 import logging
 import os
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any
 
 from msgspec import to_builtins
@@ -20,10 +21,13 @@ from blockrepl.formats.link import Epoch
 from blockrepl.node.asyncio_ports import SystemClock, ThreadWorkers
 from blockrepl.node.config_file import ConfigFile
 from blockrepl.node.control import ControlServer, Handler, Progress
+from blockrepl.node.create import journal_identity
+from blockrepl.node.journal_mover import check_size
 from blockrepl.node.links import LinkTable
 from blockrepl.replication.policy import Policy
 from blockrepl.storage.executor import DiskThread
 from blockrepl.storage.journal_file import JournalFile
+from blockrepl.storage.journal_move import refuse_stranger
 
 log = logging.getLogger("blockrepl.node")
 LOCK_NAME = "lock"
@@ -97,6 +101,7 @@ class NodeBase(ABC):
         self._lock_fd = lock_directory(node)
         self._written = definition
         self.config = ConfigFile.open(definition, node)
+        self.config.drop_old_journal()
         self.definition = self.config.effective.applied_to(definition)
         self._control: ControlServer | None = None
         self._ticker: asyncio.TimerHandle | None = None
@@ -201,7 +206,7 @@ class NodeBase(ABC):
     def _handlers(self) -> dict[str, Handler]:
         return {
             "status": self._status, "stop": self._stop, "config": self._config, "config_prepare": self._config_prepare,
-            "config_wait": self._config_wait,
+            "config_wait": self._config_wait, "journal_move": self._journal_move,
         }  # fmt: skip
 
     async def _config(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
@@ -209,7 +214,7 @@ class NodeBase(ABC):
             "node": self.node.name, "number": self.config.number, "configuration": to_builtins(self.config.effective),
             "digest": self.config.effective.digest,
             "prepared": self.config.prepared.digest if self.config.prepared is not None else None,
-            "fixed": fixed_facts(self._written),
+            "fixed": fixed_facts(self._written), "journal": self.journal_report(),
         }  # fmt: skip
 
     async def _config_prepare(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
@@ -234,6 +239,27 @@ class NodeBase(ABC):
             },
         }  # fmt: skip
         return {**common, **self.status()}
+
+    async def _journal_move(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        """Move the journal to another file, or give it another size. Nothing, when it is there already."""
+        path, ring_bytes = Path(str(args.get("path"))), int(args.get("ring_bytes") or 0)
+        if not path.is_absolute():
+            raise UsageError(f"{path} is no absolute path", hint="blockrepl adjust")
+        if self.journal_report() != {"path": str(path), "ring_bytes": ring_bytes}:
+            check_size(ring_bytes, max_write_bytes(self.definition))
+            if args.get("dry_run"):
+                refuse_stranger(path, self.config.journal, journal_identity(self.definition, self.node))
+            else:
+                await self.move_journal(path, ring_bytes)
+        return {"journal": self.journal_report()}
+
+    def journal_report(self) -> dict[str, Any] | None:
+        """Where the journal lies, and its size; None at a node without one."""
+        return None
+
+    async def move_journal(self, path: Path, ring_bytes: int) -> None:
+        """See `_journal_move`. Raises UsageError, StorageError."""
+        raise UsageError(f"{self.node.name} has plain volumes only, and no journal", hint="see: blockrepl status")
 
     async def _config_wait(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
         """Until a configuration is in effect here. Raises TimeoutExpiredError."""
@@ -277,3 +303,8 @@ def volume_argument(args: dict[str, Any], names: list[str]) -> str:
     if not isinstance(name, str) or name not in names:
         raise UsageError(f"no volume {name!r} on this node", hint=f"there is {', '.join(names) or 'none'}")
     return name
+
+
+def journal_report(journal: JournalFile) -> dict[str, Any]:
+    """For the control command "config"."""
+    return {"path": str(journal.path), "ring_bytes": journal.journal.ring_bytes}

@@ -6,6 +6,7 @@ was reached). Both are one durable write of this file, whole or not at all.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import msgspec
 from crc32c import crc32c
 
 from blockrepl.definition import Configuration, Definition, Node, configuration_from, configuration_of
-from blockrepl.errors import DamagedError
+from blockrepl.errors import DamagedError, StorageError
 from blockrepl.storage.files import storage_error
 from blockrepl.storage.image import write_durably
 
@@ -25,17 +26,21 @@ class ConfigFile:
     """An open one. ``number``: of the record by which the configuration took effect; 0: the group was made with it."""
 
     def __init__(
-        self, path: Path, effective: Configuration, number: int = 0, prepared: Configuration | None = None
-    ) -> None:
+        self, path: Path, effective: Configuration, journal: Path, number: int = 0,
+        prepared: Configuration | None = None, old_journal: Path | None = None,
+    ) -> None:  # fmt: skip
+        """``journal``: where the node's journal lies; ``old_journal``: where it lay, when that is to be removed."""
         self.path = path
         self.effective = effective
         self.number = number
         self.prepared = prepared
+        self.journal = journal
+        self._old_journal = old_journal
 
     @classmethod
     def create(cls, definition: Definition, node: Node) -> Path:
         """Make it, as the definition says. Raises StorageError."""
-        file = cls(node.directory / CONFIG_NAME, configuration_of(definition))
+        file = cls(node.directory / CONFIG_NAME, configuration_of(definition), node.journal_path)
         file._store()
         return file.path
 
@@ -46,14 +51,15 @@ class ConfigFile:
         try:
             raw = path.read_bytes()
         except FileNotFoundError:
-            return cls(path, configuration_of(definition))
+            return cls(path, configuration_of(definition), node.journal_path)
         except OSError as error:
             raise storage_error(f"cannot read {path}", error) from error
         stored = _parse(path, raw)
         prepared = stored["prepared"]
+        old = stored["old_journal"]
         return cls(
-            path, configuration_from(stored["effective"]), int(stored["number"]),
-            None if prepared is None else configuration_from(prepared),
+            path, configuration_from(stored["effective"]), Path(stored["journal"]), int(stored["number"]),
+            None if prepared is None else configuration_from(prepared), None if old is None else Path(old),
         )  # fmt: skip
 
     @property
@@ -78,9 +84,27 @@ class ConfigFile:
         self._store()
         return True
 
+    def move_journal(self, path: Path, old: Path) -> None:
+        """The journal is at ``path`` now. Raises StorageError: then it is where it was."""
+        self.journal, self._old_journal = path, old
+        try:
+            self._store()
+        except StorageError:
+            self.journal, self._old_journal = old, None
+            raise
+
+    def drop_old_journal(self) -> None:
+        """Remove what the journal was before it was moved. What cannot be removed now is at the next start."""
+        if self._old_journal is not None and self._old_journal != self.journal:
+            with contextlib.suppress(OSError, StorageError):
+                self._old_journal.unlink(missing_ok=True)
+                self._old_journal = None
+                self._store()
+
     def _store(self) -> None:
         body = {
             "version": VERSION, "number": self.number, "effective": self.effective, "prepared": self.prepared,
+            "journal": str(self.journal), "old_journal": str(self._old_journal) if self._old_journal else None,
         }  # fmt: skip
         raw = msgspec.json.encode(body)
         try:
@@ -100,3 +124,8 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     if stored.get("version") != VERSION:
         raise DamagedError(f"{path}: version {stored.get('version')}, this program knows {VERSION}")
     return stored
+
+
+def journal_path(definition: Definition, node: Node) -> Path:
+    """Where a node's journal lies, whether it runs or not. Raises DamagedError, StorageError."""
+    return ConfigFile.open(definition, node).journal

@@ -28,7 +28,6 @@ from blockrepl.storage.slot_file import SlotFile
 from blockrepl.storage.slots import Identity
 
 STATE_NAME = "state"
-JOURNAL_NAME = "journal"
 UNDO_NAME = "undo"  # a target's way back from a copy; made by itself
 UNFILLED_NAME = "unfilled"  # a note: an intermediate's images are younger than its journal
 
@@ -82,9 +81,9 @@ def open_images(definition: Definition, node: Node) -> dict[int, ImageFile]:
 def state_files(definition: Definition, node: Node) -> list[Path]:
     """What a node keeps beside its images; a node with plain volumes only needs nothing."""
     if node.role == "intermediate":
-        return [node.directory / JOURNAL_NAME]
+        return [node.journal_path]
     if any(volume.replicated for volume in definition.volumes_at(node.name)):
-        return [node.directory / STATE_NAME, node.directory / JOURNAL_NAME]
+        return [node.directory / STATE_NAME, node.journal_path]
     return []
 
 

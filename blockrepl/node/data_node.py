@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from blockrepl.chunks import Chunk
 from blockrepl.definition import Configuration, Definition, Node
 from blockrepl.errors import ProtocolError, StorageError, UsageError
-from blockrepl.node.base import NodeBase, history_json, volume_argument
+from blockrepl.node.base import NodeBase, history_json, journal_report, policy_of, volume_argument
 from blockrepl.node.bitmap_report import bitmap_report, open_writes
 from blockrepl.node.bitmaps import NodeBitmaps
 from blockrepl.node.control import Handler, Progress
@@ -165,6 +166,20 @@ class DataNode(NodeBase):
         self._paired[:] = [volume for volume in self._volumes if volume.replicated]
         self._show_sizes()
         self.exports.reconfigure(self.definition)
+        policy = policy_of(self.definition)  # a primary's checkpoints follow the size of the rings
+        if self.target is not None:
+            self.target.host.role.policy = policy
+        if self.source is not None:
+            self.source.host.role.policy = policy
+
+    def journal_report(self) -> dict[str, Any] | None:
+        return journal_report(self.target.host.journal) if self.target is not None else None
+
+    async def move_journal(self, path: Path, ring_bytes: int) -> None:
+        if self.target is None:
+            await super().move_journal(path, ring_bytes)
+            return
+        await self.target.move_journal(path, ring_bytes)
 
     def _show_sizes(self) -> None:
         """What hosts see; the files may be prepared for more."""

@@ -52,6 +52,9 @@ CACHE_BYTES = 48 << 20  # newest records kept in memory for the secondaries; old
 REPLAY_QUEUE_BYTES = 8 << 20  # a replay pauses while the primary has this much to read
 INFINITY = float("inf")
 
+Read = Callable[[int, int], bytes]
+"""`JournalFile.reader`: bound to the file as it was when the frames were looked up"""
+
 
 @dataclass(slots=True)
 class Kept:
@@ -276,6 +279,16 @@ class IntermediateHost(Host):
         self._put_unfit()
         self.settle()
 
+    def moved(self) -> None:
+        """The journal is another one now, with all that it held. A smaller ring has less to grant than was granted:
+        the links are made again, and with them the credit (rule 6)."""
+        before, self._reserve_bytes = self._reserve_bytes, self.journal.journal.ring_bytes // 4
+        self._tell_room()
+        self._put_unfit()
+        if self._reserve_bytes < before:
+            self.perform(self.role.grant_anew())
+        self.settle()
+
     def _tell_room(self) -> None:
         free = 0 if self._unfit else self.journal.journal.free_bytes - self._reserve_bytes
         self.perform(self.role.ring(max(0, free), self.journal.journal.ring_bytes - self._reserve_bytes))
@@ -292,15 +305,16 @@ class IntermediateHost(Host):
             self._marks.append(action)
             return
         never = INFINITY
+        journal, reader = self.journal.journal, self.journal.reader()
         frames = [
-            frame for frame in self.journal.journal.frames()
+            frame for frame in journal.frames()
             if frame.kind == FrameKind.RECORD and frame.last <= action.through and frame.stream != self.role.node
             and (frame.last > action.after or frame.last > action.checkpoints.get(frame.sender, never))
         ]  # fmt: skip
 
         def read_done(found: Any, error: Exception | None) -> None:
             # A frame that was released meanwhile may have been overwritten: what it held is validated, or marked.
-            head = self.journal.journal.head
+            head = journal.head
             in_ring, spilled = found or ((), set())
             kept = [(frame, ranges) for frame, ranges in in_ring if frame.position >= head]
             error = error or next((ranges for _, ranges in kept if isinstance(ranges, Exception)), None)
@@ -315,7 +329,9 @@ class IntermediateHost(Host):
             self._guarded(lambda: self._save_bits(lambda: self._saved(action.token)))
 
         def read() -> tuple[list[tuple[FrameRef, Any]], set[tuple[int, int, int]]]:
-            return [(frame, self._read_ranges(frame)) for frame in frames], self._spilled_ranges(action.checkpoints)
+            return [(frame, self._read_ranges(reader, frame)) for frame in frames], self._spilled_ranges(
+                action.checkpoints
+            )
 
         self.workers.run(read, read_done)
 
@@ -330,13 +346,13 @@ class IntermediateHost(Host):
                 found.update(_ranges(record))
         return found
 
-    def _read_ranges(self, frame: FrameRef) -> list[tuple[int, int, int]] | BlockreplError:
+    def _read_ranges(self, read: Read, frame: FrameRef) -> list[tuple[int, int, int]] | BlockreplError:
         """What a record wrote, as (volume, offset, length); or why that cannot be read."""
         try:
-            kind, table_bytes = peek(self.journal.read(frame.body_offset, HEADER_BYTES))
+            kind, table_bytes = peek(read(frame.body_offset, HEADER_BYTES))
             if kind != RecordKind.UPDATE:
                 return []
-            record = self.journal.read(frame.body_offset, HEADER_BYTES + table_bytes)
+            record = read(frame.body_offset, HEADER_BYTES + table_bytes)
         except BlockreplError as error:
             return error
         return list(_ranges(record))
@@ -359,11 +375,12 @@ class IntermediateHost(Host):
             self.perform(self.role.counted(action.token, counts))
             self.settle()
 
-        self.workers.run(lambda: self._count(kept, above), counted)
+        read = self.journal.reader()
+        self.workers.run(lambda: self._count(read, kept, above), counted)
 
-    def _count(self, kept: FrameRef | None, above: list[FrameRef]) -> Counts:
+    def _count(self, read: Read, kept: FrameRef | None, above: list[FrameRef]) -> Counts:
         """Raises StorageError, DamagedError."""
-        read, counts = self.journal.read, Counts()
+        counts = Counts()
         if kept is not None:
             counts.kept_ns = peek_head(read(kept.body_offset, HEADER_BYTES)).time_ns
         for frame in above:
@@ -448,10 +465,11 @@ class IntermediateHost(Host):
                 self._transmitted(action, frames[-1].last, used)
             self.settle()
 
-        self.workers.run(lambda: self._read(frames), read_done)
+        read = self.journal.reader()
+        self.workers.run(lambda: self._read(read, frames), read_done)
 
-    def _read(self, frames: list[FrameRef]) -> list[bytes]:
-        return [self.journal.read(frame.body_offset, frame.body_bytes) for frame in frames]
+    def _read(self, read: Read, frames: list[FrameRef]) -> list[bytes]:
+        return [read(frame.body_offset, frame.body_bytes) for frame in frames]
 
     def _send_records(self, link: int, records: list[bytes]) -> None:
         epoch = self.role.state.epoch.number
@@ -468,8 +486,10 @@ class IntermediateHost(Host):
             if frame.last <= action.through
         ]  # fmt: skip
 
+        read = self.journal.reader()
+
         def keep() -> None:
-            spills.append(action.sender, list(zip([f.last for f in frames], self._read(frames), strict=True)))
+            spills.append(action.sender, list(zip([f.last for f in frames], self._read(read, frames), strict=True)))
 
         def kept(_: Any, error: Exception | None) -> None:
             if error is not None:
@@ -505,7 +525,7 @@ class IntermediateHost(Host):
             self.links.send(action.link, [action.end], None)
             return
 
-        self._replay_from(job, frames[-1].last, partial(self._read, frames))
+        self._replay_from(job, frames[-1].last, partial(self._read, self.journal.reader(), frames))
 
     def _replay_from(self, job: ReplayJob, last: int, read: Callable[[], list[bytes]]) -> None:
         """Read a helping by a worker, send it, go on."""

@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from blockrepl.chunks import Chunk
@@ -20,15 +21,17 @@ from blockrepl.node.base import (
     NodeBase,
     epoch_json,
     history_json,
+    journal_report,
     policy_of,
     save_last,
 )
 from blockrepl.node.bitmap_report import bitmap_report
 from blockrepl.node.bitmaps import NodeBitmaps
 from blockrepl.node.control import Handler, Progress
-from blockrepl.node.create import JOURNAL_NAME, journal_identity
+from blockrepl.node.create import journal_identity
 from blockrepl.node.intermediate_host import IntermediateHost
 from blockrepl.node.intermediate_volumes import IntermediateVolumes
+from blockrepl.node.journal_mover import move_journal
 from blockrepl.node.journal_reading import JournalReading
 from blockrepl.node.lag import LagMeter
 from blockrepl.node.links import Dialler, Listener
@@ -65,8 +68,7 @@ class IntermediateNode(NodeBase):
         definition, node = self.definition, self.node
         reading = JournalReading()
         journal = JournalFile.open(
-            node.directory / JOURNAL_NAME, journal_identity(definition, node), reading.check, self.disk,
-            int(definition.group.journal),
+            self.config.journal, journal_identity(definition, node), reading.check, self.disk,
         )  # fmt: skip
         state = decode_intermediate(journal.recovered.state)
         self._spills = SpillDirectory(node.directory)
@@ -165,15 +167,30 @@ class IntermediateNode(NodeBase):
     def took(self) -> None:
         self._own.reconfigure(self.definition)
 
+    def journal_report(self) -> dict[str, Any] | None:
+        return journal_report(self.host.journal)
+
+    async def move_journal(self, path: Path, ring_bytes: int) -> None:
+        host = self.host
+        await move_journal(
+            host.journal, journal_identity(self.definition, self.node), path, ring_bytes, self.config,
+            lambda: encode_intermediate(self.host.role.durable_state()),
+        )  # fmt: skip
+        self.host.moved()
+
     async def _configure(self, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
         """Everybody has files for it: let it take effect. The answer comes when it has, or cannot now."""
         digest = int(args.get("digest") or 0)
+        if args.get("dry_run"):
+            self.host.role.configuring.check()
+            return {"number": self.config.number}
         if digest != self.config.held.digest:
             raise UsageError(f"{self.node.name} is not prepared for it", hint="blockrepl adjust")
         deadline_s = self.clock.now_s() + CONFIG_WAIT_S
         while self.config.effective.digest != digest or self.config.prepared is not None:
-            configuring = self.host.role.configuring
-            if self.clock.now_s() > deadline_s or not configuring.unprepared(digest):
+            configuring, pairing = self.host.role.configuring, self.host.role.pairing
+            ready = not configuring.unprepared(digest) and not pairing.missing()  # who was cut off comes back
+            if ready or self.clock.now_s() > deadline_s:
                 self.host.perform(configuring.configure(digest))
                 self.host.settle()
             if self.clock.now_s() > deadline_s:

@@ -21,6 +21,7 @@ from blockrepl.replication.actions import (
     AppendNote,
     Apply,
     BecomeSource,
+    Close,
     DropUndo,
     Forget,
     HaltApply,
@@ -251,6 +252,18 @@ class SecondaryHost(Host):
     def _trimmed(self) -> None:
         self._put_unfit()
         self._tell_room()
+        self.settle()
+
+    def moved(self) -> None:
+        """The journal is another one now, with all that it held. A smaller ring has less to grant than was granted:
+        the link is made again."""
+        journal = self.journal.journal
+        before, self._reserve_bytes = self._reserve_bytes, journal.ring_bytes // 4
+        self.applier.relocate({ref.first: ref.body_offset for ref in journal.frames() if ref.kind == FrameKind.RECORD})
+        self._tell_room()
+        self._put_unfit()
+        if self._reserve_bytes < before and self.role.link:
+            self.perform([Close(self.role.link, "the journal was made smaller: credit is granted anew")])
         self.settle()
 
     def _tell_room(self) -> None:

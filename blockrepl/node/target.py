@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from blockrepl.chunks import Chunk
@@ -12,7 +13,8 @@ from blockrepl.formats.state import decode_secondary, encode_secondary
 from blockrepl.node.asyncio_ports import log_event
 from blockrepl.node.base import NodeBase, policy_of, save_last
 from blockrepl.node.bitmaps import NodeBitmaps
-from blockrepl.node.create import JOURNAL_NAME, UNDO_NAME, journal_identity
+from blockrepl.node.create import UNDO_NAME, journal_identity
+from blockrepl.node.journal_mover import move_journal
 from blockrepl.node.journal_reading import JournalReading
 from blockrepl.node.secondary_host import SecondaryHost
 from blockrepl.replication.primary import Primary
@@ -30,8 +32,7 @@ class Target:
         definition, node = owner.definition, owner.node
         reading = JournalReading()
         journal = JournalFile.open(
-            node.directory / JOURNAL_NAME, journal_identity(definition, node), reading.check, owner.disk,
-            int(definition.group.secondary_journal),
+            owner.config.journal, journal_identity(definition, node), reading.check, owner.disk,
         )  # fmt: skip
         role = Secondary(
             group=definition.group_id.bytes,
@@ -57,6 +58,15 @@ class Target:
             role, journal, held, images, undo, owner.disk, owner.links, owner.clock, owner.workers, log_event,
             bitmaps.save,
         )  # fmt: skip
+
+    async def move_journal(self, path: Path, ring_bytes: int) -> None:
+        """See `journal_mover`. Raises UsageError, StorageError."""
+        owner, host = self._owner, self.host
+        await move_journal(
+            host.journal, journal_identity(owner.definition, owner.node), path, ring_bytes, owner.config,
+            lambda: encode_secondary(host.role.durable_state()),
+        )  # fmt: skip
+        host.moved()
 
     def enlarge(self, sizes: Mapping[int, int]) -> None:
         """A later copy may save blocks up to these sizes, by volume id. There is no copy now."""

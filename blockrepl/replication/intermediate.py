@@ -531,6 +531,12 @@ class Intermediate:
                 actions += [Send(sender.link, [self._beat(0, sender.stamp_ns, sender.credit)])]
         return actions
 
+    def grant_anew(self) -> list[Action]:
+        """The ring was made smaller: credit is absolute, so what an idle primary holds of the old one would starve the
+        others. With new links it begins anew."""
+        why = "the journal was made smaller: credit is granted anew"
+        return [Close(link, why) for link in list(self.senders.by_link)]
+
     @property
     def releasable(self) -> int:
         """Every record up to it may leave the journal (rule 12)."""

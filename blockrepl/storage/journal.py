@@ -72,6 +72,7 @@ class Journal:
         self._head_in_flight = head
         self._settled = False  # a recovered tail is synced
         self._truncating = False  # until a superblock says so
+        self._held = False  # nothing fits: it is about to be moved
         self._limit = 0  # the next frame must end here or before
         self._update_limit()
 
@@ -125,6 +126,11 @@ class Journal:
         size = frame_bytes(body_bytes)
         room = self.ring_bytes - self.tail % self.ring_bytes
         return self.tail + (size if size <= room else room + size) <= self._limit
+
+    def hold(self, *, held: bool) -> None:
+        """While held nothing fits."""
+        self._held = held
+        self._update_limit()
 
     def append(
         self,
@@ -297,7 +303,7 @@ class Journal:
         return RING_OFFSET + place, [unsigned, self._chain.to_bytes(4, "big"), _ZEROS[FRAME_HEADER_BYTES:]]
 
     def _update_limit(self) -> None:
-        if self._settled and not self._truncating and self.slots.generation:
+        if self._settled and not self._truncating and self.slots.generation and not self._held:
             self._limit = min(self._head_on_disk + self.ring_bytes, self.durable + self.unsynced_limit_bytes)
         else:
             self._limit = 0

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from blockrepl.block import Buffer
-from blockrepl.errors import StorageError
+from blockrepl.errors import StorageError, UsageError
 from blockrepl.storage.executor import DiskThread, write_all, write_durably
 from blockrepl.storage.files import create_file, fill_zeros, open_locked, read_at, storage_error
 from blockrepl.storage.journal import Journal, Write
@@ -36,6 +36,20 @@ class _Save:
     truncated: Truncated | None = None
 
 
+class _OpenFile:
+    """A descriptor that is closed when nobody reads through it any more."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def read(self, offset: int, length: int) -> bytes:
+        return read_at(self.fd, offset, length)
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
 class JournalFile:
     """An open, locked journal volume.
 
@@ -54,8 +68,10 @@ class JournalFile:
         self.failed: StorageError | None = None
         self.on_durable: Callable[[int], None] = lambda _position: None
         self.on_failed: Callable[[StorageError], None] = lambda _error: None
+        self._file = _OpenFile(fd)
         self._fd = fd
         self._thread = thread
+        self._holding = False  # about to be moved: nothing is appended or saved
         self._writes: list[Write] = []
         self._write_end = -1  # file offset where the last of `_writes` ends
         self.inline_bytes = INLINE_BYTES  # commits up to this size may run on the loop
@@ -132,6 +148,8 @@ class JournalFile:
         before this returns.
         """
         self._check()
+        if self._holding and not self._writes:
+            return  # a sync that is asked for now would answer when this is another file
         # Not beside a sync of the thread's: the kernel tells a write-back error once per open file, and the other of
         # two syncs would take its own lost frames for durable.
         idle = self._asked <= self.journal.durable and self._flying is None
@@ -167,7 +185,7 @@ class JournalFile:
         save.trim_to = max(save.trim_to, trim_to)
         if done is not None:
             save.done.append(done)
-        if self._flying is None:
+        if self._flying is None and not self._holding:
             self._start_save()
 
     def truncate(self, position: int, state: bytes, done: Truncated) -> None:
@@ -185,6 +203,66 @@ class JournalFile:
         """Bytes of the file, from the disk if need be. Blocks: for a worker. Raises DamagedError, StorageError."""
         return read_at(self._fd, offset, length)
 
+    def reader(self) -> Callable[[int, int], bytes]:
+        """`read` of the file as it is now: for a worker that is given places in it, and may run after a move."""
+        return self._file.read
+
+    # a move
+
+    def hold(self) -> None:
+        """Append and save nothing any more until `release`; what is asked meanwhile waits."""
+        self._check()
+        if self._holding:
+            raise UsageError("the journal is being moved already", hint="wait for it")
+        self._holding = True
+        self.journal.hold(held=True)
+
+    @property
+    def quiet(self) -> bool:
+        """Held, and nothing is on its way to the disk. Raises StorageError."""
+        self._check()
+        return self.journal.durable == self.journal.tail and self._flying is None and not self._writes
+
+    def last_words(self, done: Saved) -> None:
+        """``done`` when nothing that was asked of the disk thread before has an answer to come. Raises StorageError."""
+        self._check()
+
+        def answered(error: OSError | None) -> None:
+            if error is not None:
+                self._fail(error)
+            done()
+
+        self._thread.sync(self._fd, answered)
+
+    def press(self) -> None:
+        """Commit what was appended before `hold`. Raises StorageError."""
+        if self._writes:
+            self.commit()
+
+    def adopt(self, fd: int, journal: Journal, path: Path, position_of: Callable[[int], int]) -> None:
+        """The file behind ``fd`` is the journal from now on, durably. ``position_of``: old positions to new ones."""
+        assert self._holding
+        assert self.quiet
+        self._file, self._fd, self.journal, self.path = _OpenFile(fd), fd, journal, path
+        self._asked = journal.durable
+        save = self._next
+        if save is not None:
+            save.trim_to = position_of(save.trim_to)
+            save.truncate_to = None if save.truncate_to is None else position_of(save.truncate_to)
+
+    def release(self) -> None:
+        """The end of `hold`, wherever the journal is now."""
+        self._holding = False
+        self.journal.hold(held=False)
+        if self._next is not None and self._flying is None and self.failed is None:
+            self._start_save()
+
+    def stop(self, error: StorageError) -> None:
+        """It may not be the journal any more: nothing is durable here from now on."""
+        if self.failed is None:
+            self.failed = error
+            self.on_failed(error)
+
     def read_cached(self, offset: int, view: memoryview) -> bool:
         """Fill ``view`` from the page cache. False: it is not all there, `read` in a worker. Raises StorageError."""
         try:
@@ -196,6 +274,7 @@ class JournalFile:
 
     def close(self) -> None:
         """Close and unlock. The thread must have finished what was queued."""
+        self._file.fd = -1
         os.close(self._fd)
 
     def _put(self, writes: list[Write]) -> None:
@@ -224,7 +303,7 @@ class JournalFile:
         elif self.failed is None:
             self.journal.synced(position)
             self.on_durable(self.journal.durable)  # less than ``position`` when that was truncated meanwhile
-            if self._next is not None and self._flying is None:
+            if self._next is not None and self._flying is None and not self._holding:
                 self._start_save()
 
     def _start_save(self) -> None:
@@ -252,7 +331,7 @@ class JournalFile:
             return
         self.journal.superblock_synced()
         self._flying = None
-        if self._next is not None:
+        if self._next is not None and not self._holding:
             self._start_save()
         if save.truncated is not None:
             save.truncated(*dropped)

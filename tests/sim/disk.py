@@ -296,8 +296,15 @@ class SimJournalFile(JournalFile):
     file: SimFile
     process: Process
 
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
+        self._file.fd = -1  # a simulated descriptor is not the system's to close
+
     def read(self, offset: int, length: int) -> bytes:
         return self.file.read(offset, length)
+
+    def reader(self) -> Callable[[int, int], bytes]:
+        return self.read
 
     def read_cached(self, offset: int, view: memoryview) -> bool:
         if self.process.world.random.random() < 0.3:

@@ -340,7 +340,7 @@ class Process:
         if self.settles:
             self.settle_journal(recovered, file)
         recovered.journal.synced(recovered.journal.tail)
-        journal = SimJournalFile(Path("journal"), file.fd, self.disk, recovered)  # type: ignore[arg-type]
+        journal = SimJournalFile(Path("journal"), file.fd, self.disk, recovered)
         journal.file, journal.process = file, self
         if self.world.random.random() < 0.5:
             journal.inline_bytes = -1  # every commit goes through the thread

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from blockrepl.definition import configuration_of
 from blockrepl.errors import BlockreplError
 from blockrepl.node.create import image_path
 from tests.system.conftest import MakeGroup
-from tests.system.group import ALL, MIB, TIMEOUT_S, A, B, OrderedLoad, RealGroup, wait_for
+from tests.system.group import ALL, MIB, TIMEOUT_S, A, B, OrderedLoad, RealGroup, answers, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 OLD, NEW = 64 * MIB, 96 * MIB
@@ -278,3 +280,122 @@ def test_two_volumes_grow_at_once(group: RealGroup) -> None:
     for name in (A, B, "index"):
         assert f"volume {name} grows from 64 MiB to 68 MiB" in told
     assert size_at(group, "s2", B) == size_at(group, "p2", B) == 68 * MIB
+
+
+# journals
+
+
+def ring_at(group: RealGroup, node: str) -> int:
+    return int(group.status(node)["journal"]["size_bytes"])
+
+
+def verdict_after_takeover(group: RealGroup, load: OrderedLoad) -> None:
+    """What was acknowledged survives the loss of the primaries."""
+    group.kill("p1", "p2")
+    load.finish()
+    group.takeover()
+    verdict = load.judge(secondary=True)
+    assert (verdict.acked_writes_lost, verdict.order_violations) == (0, 0)
+    assert verdict.acked
+
+
+def test_journals_grow_while_hosts_write_and_again_shrink(group: RealGroup) -> None:
+    load = OrderedLoad(group)
+    load.wait_for_more()
+    group.change('journal = "64MiB"', 'journal = "96MiB"')  # both kinds
+    told = " ".join(adjust(group).split())
+    assert "i1: its journal gets a ring of 96 MiB instead of 64 MiB" in told
+    assert "s1: its journal gets a ring of 96 MiB instead of 64 MiB" in told
+    assert {ring_at(group, name) for name in ALL} == {96 * MIB}
+    load.wait_for_more()
+    group.kill(*ALL[:3])
+    group.start(*ALL[:3])
+    load.wait_for_more()
+    assert {ring_at(group, name) for name in ALL} == {96 * MIB}
+    group.change('journal = "96MiB"', 'journal = "48MiB"')
+    adjust(group)
+    assert {ring_at(group, name) for name in ALL} == {48 * MIB}
+    load.wait_for_more(200)
+    assert "nothing to change" in adjust(group)
+    verdict_after_takeover(group, load)
+
+
+def test_a_journal_moves_to_another_disk_while_hosts_write_and_one_valid_journal_remains(group: RealGroup) -> None:
+    disk = group.folder / "disk"
+    disk.mkdir()
+    load = OrderedLoad(group)
+    load.wait_for_more()
+    for name in ("i1", "s1"):
+        group.change(f'directory = "{name}"', f'directory = "{name}"\njournal = "disk/{name}"')
+    told = " ".join(adjust(group, "--dry-run").split())
+    assert f"from{group.folder}/i1/journalto{disk}/i1" in told.replace(" ", "")
+    adjust(group)
+    assert sorted(path.name for path in disk.iterdir()) == ["i1", "s1"]
+    assert not (group.folder / "i1" / "journal").exists()
+    load.wait_for_more()
+    group.kill("i1", "s1")
+    group.start("s1", "i1")
+    load.wait_for_more()
+    done = group.cli("journal", "--node", "i1", "--limit", "3")
+    assert done.returncode == 0, done.stderr
+    verdict_after_takeover(group, load)
+
+
+@pytest.mark.parametrize("victim", ["i1", "s1"])
+def test_a_node_killed_while_its_journal_is_moved_has_exactly_one(group: RealGroup, victim: str) -> None:
+    """At moments all over the move: the new file is being written, named, noted, the old one removed."""
+    (group.folder / "disk").mkdir()
+    load = OrderedLoad(group)
+    load.wait_for_more()
+    places = [f"{group.folder}/disk/{victim}", f"{group.folder}/{victim}/journal"]
+    for turn, delay_s in enumerate((0.0, 0.02, 0.05, 0.1, 0.2, 0.4)):
+        move = {"path": places[turn % 2], "ring_bytes": (64 + turn) * MIB}
+        command = partial(call, group.node(victim).directory, "journal_move", move)
+        mover = threading.Thread(target=answers, args=(command,))
+        mover.start()
+        time.sleep(delay_s)
+        group.kill(victim)
+        mover.join(TIMEOUT_S)
+        group.start(victim)
+        there = call(group.node(victim).directory, "config")["journal"]["path"]
+        assert [place for place in places if Path(place).exists()] == [there]
+        load.wait_for_more(5)
+    verdict_after_takeover(group, load)
+
+
+def test_a_journal_that_cannot_be_moved_stays_where_it_is(group: RealGroup) -> None:
+    right = group.path.read_text()
+    load = OrderedLoad(group)
+    load.wait_for_more()
+    (group.folder / "taken").write_text("somebody's")
+    for text, words in (
+        ('directory = "i1"\njournal = "nowhere/i1"', "nowhere is not there"),
+        ('directory = "i1"\njournal = "taken"', "exists already, and is not this node's journal"),
+    ):
+        group.path.write_text(right.replace('directory = "i1"', text))
+        assert words in " ".join(refused(group, 2).split())
+    group.path.write_text(right.replace('journal = "64MiB"', 'journal = "16MiB"'))
+    told = " ".join(refused(group, 2).split())
+    assert "is too small for writes of 4194304 bytes" in told
+    assert "choose at least" in told
+    group.path.write_text(right)
+    load.wait_for_more()
+    assert (group.folder / "taken").read_text() == "somebody's"
+    assert {ring_at(group, name) for name in ALL} == {64 * MIB}
+
+
+def test_credit_of_a_larger_ring_that_an_idle_primary_holds_does_not_starve_the_other(group: RealGroup) -> None:
+    """Absolute credit cannot be taken back; after the ring was made smaller the links begin anew."""
+    group.change('journal = "64MiB"', 'journal = "17MiB"')  # three quarters of it: just what p1 holds, and is idle
+    adjust(group)
+    fill_volume(group, B, 48 * MIB)
+    group.settle()
+    assert group.differing() == []
+
+
+def fill_volume(group: RealGroup, name: str, size: int) -> None:
+    volume = group.open(name)
+    for at in range(0, size, MIB):
+        volume.write(at, os.urandom(MIB))
+    volume.flush()
+    volume.close()
