@@ -82,7 +82,7 @@ def up(
     node: NodeOption = None,
     timeout_s: Annotated[
         float, typer.Option("--timeout", metavar="SECONDS", help="How long to wait for readiness.")
-    ] = 30,
+    ] = 60,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Start, and do not wait for readiness.")] = False,
     alone: Annotated[bool, typer.Option("--alone", help="As for `serve`, for every node started.")] = False,
 ) -> None:
@@ -114,7 +114,7 @@ def down(
     node: NodeOption = None,
     timeout_s: Annotated[
         float, typer.Option("--timeout", metavar="SECONDS", help="How long each may take before it is killed.")
-    ] = 20,
+    ] = 60,
 ) -> None:
     """Stop every node of this machine.
 

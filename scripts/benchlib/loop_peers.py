@@ -14,7 +14,7 @@ from scripts.benchlib.process import running
 from scripts.benchlib.systems import Running, require_root
 from scripts.benchlib.workspace import Workspace, command
 
-_DETACH_TIMEOUT_S = 5.0
+_DETACH_TIMEOUT_S = 30.0
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-_STOP_TIMEOUT_S = 10.0
+_STOP_TIMEOUT_S = 30.0
 _POLL_S = 0.01
 
 
@@ -97,7 +97,7 @@ class Child:
         assert self._process.stdout is not None
         return self._process.stdout
 
-    def wait_until(self, ready: Callable[[], bool], what: str, timeout_s: float = 10.0) -> None:
+    def wait_until(self, ready: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
         """Poll ``ready``. Raises NotAvailableError with the end of the log when the process ends or time runs out."""
         deadline_s = time.monotonic() + timeout_s
         while not ready():

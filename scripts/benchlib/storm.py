@@ -15,7 +15,7 @@ from tests.iscsi.initiator import ConnectionEndedError, Initiator, LoginRefusedE
 
 _BLOCK_BYTES = 4096
 _BLOCKS = 1024  # of the volume: where the session writes
-_TIMEOUT_S = 30.0
+_TIMEOUT_S = 120.0
 
 
 def measure(name: str, target: IscsiTarget, log: Path, runtime_s: float) -> StormResult:

@@ -19,7 +19,7 @@ from scripts.interrupts import uninterrupted
 # And journals.
 _IMAGES = 13
 _JOURNALS = 3
-_COMMAND_TIMEOUT_S = 60.0
+_COMMAND_TIMEOUT_S = 180.0
 _LAST_LINES = 3
 
 
