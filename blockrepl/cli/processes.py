@@ -45,7 +45,7 @@ class Started(NamedTuple):
 
 def start(definition: Definition, node: Node, extra: tuple[str, ...] = ()) -> Started:
     """Run ``blockrepl serve`` in a session of its own, its output appended to node.log."""
-    hint = f"make it with: blockrepl create {definition.path}"
+    hint = f"a new group: blockrepl create {definition.path}; a lost disk: blockrepl replace --node {node.name}"
     try:
         with (node.directory / LOG_NAME).open("ab") as log:
             offset_bytes = log.tell()

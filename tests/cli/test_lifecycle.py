@@ -53,7 +53,7 @@ def test_up_of_a_node_that_was_never_created_says_how(group: FakeGroup, run: Run
     group.node("i1").directory.rmdir()
     result = run("up", group.path, "--node", "i1")
     assert result.code == 21
-    assert f"hint: make it with: blockrepl create {group.path}" in result.err
+    assert f"hint: a new group: blockrepl create {group.path}; a lost disk: blockrepl replace" in result.err
 
 
 def test_down_stops_primaries_first_and_secondaries_last_and_is_harmless_again(group: FakeGroup, run: Run) -> None:
