@@ -28,6 +28,7 @@ from scripts.torturelib.typed import TypedGroup
 from scripts.torturelib.walk import MODE, Walk
 
 WALK_VOLUME_MIB = 160
+WALK_POLICY = {"hold_s": "10.0", "lease_s": "1.5"}
 JOURNAL, SMALL_JOURNAL = "64MiB", "24MiB"
 
 
@@ -191,7 +192,7 @@ class Campaign:
         journal = SMALL_JOURNAL if kind == "small" else JOURNAL
         if kind == "walk":
             group: Group = TypedGroup(
-                home, network, disks, self._say, journal=journal, keys=keys, policy={"hold_s": "10.0"},
+                home, network, disks, self._say, journal=journal, keys=keys, policy=WALK_POLICY,
                 volume_mib=WALK_VOLUME_MIB,
             )  # fmt: skip
         else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import re
 import shlex
 import time
@@ -47,10 +46,10 @@ def follow(group: TypedGroup, answer: Answer) -> Answer | None:
 
 
 class Healing:
-    """``lost``: the node whose disk is new and empty, if any; ``say`` tells what is typed and why."""
+    """``lost``: the node whose disk is gone, if any."""
 
-    def __init__(self, group: TypedGroup, chance: random.Random, lost: str = "") -> None:
-        self._group, self._random, self._lost = group, chance, lost
+    def __init__(self, group: TypedGroup, lost: str = "") -> None:
+        self._group, self._lost = group, lost
 
     def heal(self) -> None:
         """Raises BrokenPromiseError when PAIR does not come."""

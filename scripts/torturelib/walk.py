@@ -62,10 +62,11 @@ class Walk(Operator):
                 self._random.choices(ways, weights)[0]()
                 time.sleep(self._random.choice((0.0, 0.2, 1.0, 2.0)))
             self._note(f"heal{self._lost and f', {self._lost} is lost'}")
-            Healing(self._group, self._random, self._lost).heal()
+            Healing(self._group, self._lost).heal()
             self._lost = ""
         finally:
             self._hosts.close()
+        Healing(self._group).heal()  # on a busy machine a primary may have gone on alone once more
         round_.notes["typed"] = len(self._group.answers)
         round_.notes["refused"] = sum(1 for answer in self._group.answers if answer.code)
         self._group.answers.clear()
@@ -238,9 +239,12 @@ class Walk(Operator):
         seconds = self._random.uniform(0.5, 9.0)
         self._note(f"{node} is cut off from the intermediate for {seconds:.1f} s")
         time.sleep(seconds)
-        if self._random.random() < 0.3:
+        early, late = self._random.choice(((True, False), (False, True), (False, False)))
+        if early:
             self._swap()
         self._group.network.heal()
+        if late:
+            self._swap()
 
     def _mark(self) -> None:
         self._markers += 1
