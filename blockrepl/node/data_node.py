@@ -32,6 +32,7 @@ from blockrepl.node.target import Target
 from blockrepl.node.verify_run import VerifyRun
 from blockrepl.replication import primary, secondary
 from blockrepl.replication.actions import BecomeSource
+from blockrepl.replication.reform_plan import Question
 from blockrepl.storage.plain import PlainVolume
 from blockrepl.storage.slot_file import SlotFile
 from blockrepl.storage.split_volume import SplitVolume
@@ -336,9 +337,15 @@ class DataNode(NodeBase):
             self.definition, self.node, replaced=str(args.get("node") or ""), force=bool(args.get("force")),
             verify=bool(args.get("verify")), planned=bool(args.get("planned")),
         )  # fmt: skip
+        dry_run = bool(args.get("dry_run"))
+        if not dry_run:  # a promise stops production: none is asked for what is refused anyway
+            await self._run_reform(asked, progress, dry_run=True)
+        return await self._run_reform(asked, progress, dry_run=dry_run)
+
+    async def _run_reform(self, asked: Question, progress: Progress, *, dry_run: bool) -> dict[str, Any]:
         run = ReformRun(self.definition, self.node, self.links, self.clock, progress)
         with self._opening(run):
-            return await run.run(asked, dry_run=bool(args.get("dry_run")))
+            return await run.run(asked, dry_run=dry_run)
 
     @contextlib.contextmanager
     def _opening(self, run: OpenerRun) -> Iterator[None]:

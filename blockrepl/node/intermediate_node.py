@@ -63,6 +63,7 @@ class IntermediateNode(NodeBase):
         self._adopt(self._recover(alone))
         self._bitmaps.on_failed(lambda error: self.host.fail(str(error)))
         self._reforms_at_s: float | None = None
+        self._rebuilding: asyncio.Task[None] | None = None
 
     def _recover(self, alone: bool) -> IntermediateHost:
         definition, node = self.definition, self.node
@@ -234,16 +235,22 @@ class IntermediateNode(NodeBase):
 
     def tick(self) -> None:
         now_s = self.clock.now_s()
+        if self._rebuilding is not None:
+            if not self._rebuilding.done():
+                return
+            self._rebuilding.result()  # what went wrong is said
+            self._rebuilding = None
         if self._reforms_at_s is not None:
             if self.host.role.opener_link and now_s < self._reforms_at_s:
                 return
             self._reforms_at_s = None
-            self.loop.create_task(self._rebuild())
+            self._rebuilding = self.loop.create_task(self._rebuild())
             return
         self.host.tick()
         self._publish()
         for stream in self.host.role.streams.by_node.values():
-            self._lags[stream.node].sample(stream.last, stream.total_writes, stream.total_bytes, now_s)
+            if stream.node in self._lags:  # not yet, while the group is being formed anew
+                self._lags[stream.node].sample(stream.last, stream.total_writes, stream.total_bytes, now_s)
 
     def _publish(self) -> None:
         """Hosts may look at the intermediate volumes while they are whole."""
@@ -380,8 +387,7 @@ class IntermediateNode(NodeBase):
             "valid_counter": role.streams.valid_counter,
             "volumes": self._own.rows(role.state),
             "sessions": self._own.sessions(),
-            "peers": [self._primary_row(node) for node in self.definition.sources(role.state.direction)]
-            + [self._secondary_row(node) for node in self.definition.targets(role.state.direction)],
+            "peers": self._peers(),
             "history": history_json(role.state.history),
             "journal": {"size_bytes": journal.ring_bytes, "used_bytes": journal.used_bytes},
         }  # fmt: skip
@@ -397,6 +403,17 @@ class IntermediateNode(NodeBase):
             "copied_bytes": own.copied_bytes if own is not None else 0,
             "total_bytes": own.total_bytes if own is not None else 0,
         }  # fmt: skip
+
+    def _peers(self) -> list[dict[str, Any]]:
+        """While the group is formed anew its old members are forgotten, and the new ones are yet to come."""
+        role, direction = self.host.role, self.host.role.state.direction
+        sources = [node for node in self.definition.sources(direction) if node.id in role.senders.by_node]
+        targets = [
+            node
+            for node in self.definition.targets(direction)
+            if node.id in role.streams.by_node and node.id in self._lags
+        ]
+        return [*map(self._primary_row, sources), *map(self._secondary_row, targets)]
 
     def _primary_row(self, node: Node) -> dict[str, Any]:
         sender = self.host.role.senders.by_node[node.id]

@@ -273,7 +273,9 @@ async def dial(host: str, port: int) -> socket.socket:
     sock = socket.socket(found[0][0], socket.SOCK_STREAM)
     sock.setblocking(False)
     try:
-        await asyncio.wait_for(loop.sock_connect(sock, found[0][4]), DIAL_TIMEOUT_S)
+        # Not wait_for: until Python 3.12 it forgets that it was cancelled, if the connection comes up at that moment.
+        async with asyncio.timeout(DIAL_TIMEOUT_S):
+            await loop.sock_connect(sock, found[0][4])
     except BaseException:
         sock.close()
         raise

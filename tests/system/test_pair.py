@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from blockrepl.cli.client import call
-from blockrepl.errors import UsageError
+from blockrepl.errors import BlockreplError, UsageError
 from blockrepl.node.create import create
 from tests.system.conftest import MakeGroup
 from tests.system.group import PRIMARIES, SECONDARIES, TIMEOUT_S, VOLUMES, A, B, RealGroup, answers, wait_for
@@ -322,6 +323,45 @@ def test_an_old_primary_is_explained_and_what_only_it_has_is_listed(make_group: 
     quiet(group)
     assert group.differing() == []
     assert group.open(A, secondary=True).read(3 * MIB, 4096) == bytes(4096)
+
+
+def test_a_swap_that_is_refused_stops_nothing(make_group: MakeGroup) -> None:
+    group = make_group(sizes=SMALL).create().start()
+    epoch = group.status("i1")["epoch"]
+    with pytest.raises(UsageError, match="nothing is to be formed anew"):
+        call(group.node("p1").directory, "reform", {"kind": "swap"}, timeout_s=2 * TIMEOUT_S)
+    status = group.status("i1")
+    assert status["state"] == "serving", "it was asked for no promise"
+    assert status["promised"] in (None, epoch)
+    group.open(A).write(0, b"a" * BLOCK, durable=True)
+
+
+def test_while_a_group_is_formed_anew_the_intermediate_has_a_status(make_group: MakeGroup) -> None:
+    group = make_group(sizes=SMALL).create().start()
+    problems: list[str] = []
+    seen: set[str] = set()
+    ending = threading.Event()
+
+    def look() -> None:
+        while not ending.is_set():
+            try:
+                seen.add(group.status("i1")["state"])
+            except BlockreplError as error:
+                problems.append(str(error))
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        for leader, source in (("s1", "s1"), ("p1", "p1")):
+            call(group.node(leader).directory, "takeover", {}, timeout_s=2 * TIMEOUT_S)
+            call(group.node(source).directory, "reform", {"kind": "swap"}, timeout_s=2 * TIMEOUT_S)
+            paired(group)
+    finally:
+        ending.set()
+        looking.join()
+    assert problems == []
+    assert "serving" in seen
+    assert "Traceback" not in group.log("i1")
 
 
 def test_the_old_site_can_be_kept_instead(make_group: MakeGroup) -> None:
