@@ -96,6 +96,7 @@ class Takeover:
         self._store_epoch: Epoch = NO_EPOCH  # what is stored: ours, or the one of a takeover to be finished
         self._tries = 0
         self._intermediate: dict[str, Any] = {}  # its PROMISED
+        self._ignorant = False  # it answers, and knows nothing of what the secondaries hold
         self._kept_ns = self._newest_ns = 0
         self._counting = False  # the intermediate was asked what is lost, and has not answered
 
@@ -220,6 +221,9 @@ class Takeover:
 
     def _drained(self, fields: dict[str, Any]) -> str:
         """The intermediate has promised: whether the secondaries have, or would have, all that was acknowledged."""
+        if not self._knows(fields["stored"]):
+            self._ignorant, self.report.alone = True, self._fence_never
+            return "the intermediate has not numbered what the secondaries hold: it cannot say what would be lost"
         self._intermediate = fields
         report, pair = self.report, Pair(fields["pair"])
         whole = report.dry_run or fields["validated"] >= fields["held"]
@@ -229,6 +233,15 @@ class Takeover:
         if not report.drained:
             return f"the intermediate is frozen at {fields['held']}, but the pair is in {pair.name}"
         return f"the intermediate {'would be' if report.dry_run else 'is'} drained at {fields['held']}"
+
+    def _knows(self, stored: Epoch) -> bool:
+        """Whether it works in the secondaries' epoch: a new one does not, nor one that a reform has not reached yet.
+
+        A takeover's epoch is none of its: a secondary that stored one had followed it until then.
+        """
+        worked = [self.calls.welcomes[node] for node in self._members() if self.calls.welcomes[node]["epoch"].number]
+        followed = max((each["epoch"].number for each in worked if not each["rolling"]), default=min(1, len(worked)))
+        return stored.number >= followed
 
     def _higher(self, epoch: Epoch, nodes: list[int], now_s: float) -> list[Action]:
         self._tries += 1
@@ -286,7 +299,7 @@ class Takeover:
 
     def _count_lost(self) -> list[Action]:
         """Have the intermediate count in its journal what is given up: it alone has all of it."""
-        if not self.report.lost_writes or self.intermediate not in self.calls.links.values():
+        if not self.report.lost_writes or self._ignorant or self.intermediate not in self.calls.links.values():
             return []
         self._counting = True
         return self.calls.send([self.intermediate], self._store_message(dry_run=True))

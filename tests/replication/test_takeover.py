@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from blockrepl.formats.link import Epoch, Message, Pair
+from blockrepl.formats.link import NO_EPOCH, Epoch, Message, Pair
 from blockrepl.replication.takeover import Phase, Takeover
-from tests.replication.roles import GROUP, MID, ONE, S1, S2, arrives, messages, report, welcome
+from tests.replication.roles import GROUP, MID, ONE, S1, S2, TWO, arrives, messages, report, welcome
 
 OURS = Epoch(2, b"t" * 16)
 NAMES = {MID: "i", S1: "s1", S2: "s2"}
@@ -216,6 +216,23 @@ def test_a_pair_that_is_drained_loses_nothing() -> None:
     assert promised(role, answer(held=60, validated=60), answer(held=60, validated=60)) == 60
     stored(role)
     assert (role.report.drained, role.report.lost_writes, role.report.lost_s) == (True, 0, 0.0)
+
+
+@pytest.mark.parametrize("stored_there", [NO_EPOCH, ONE])
+def test_25_an_intermediate_that_did_not_number_what_they_hold_does_not_make_it_lossless(stored_there: Epoch) -> None:
+    """A new, empty one, or one that a reform has not reached: it is drained of nothing."""
+    role = opening_a_swap(planned=False)
+    role.connected(MID, MID, bytes(16))
+    role.received(MID, Message.WELCOME, welcome(), 0.0)
+    for node in (S1, S2):
+        role.connected(node, node, bytes(16))
+        role.received(node, Message.WELCOME, {**report(node), "epoch": TWO, "promised": TWO}, 0.0)
+    asked = Epoch(3, OURS.id)
+    role.received(MID, Message.PROMISED, answer(epoch=asked, stored=stored_there), 0.0)
+    held = answer(epoch=asked, stored=TWO, held=60, validated=60)
+    assert promised(role, held, held) == 60
+    stored(role, epoch=asked)
+    assert (role.report.drained, role.report.counted, role.report.lossless) == (False, False, False)
 
 
 @pytest.mark.parametrize("pair", [Pair.PSUS, Pair.PSUE, Pair.PFUS])
