@@ -18,7 +18,9 @@ from msgspec import to_builtins
 from blockrepl.cli.client import call
 from blockrepl.definition import configuration_of
 from blockrepl.errors import BlockreplError
+from blockrepl.formats.scsi import Asc
 from blockrepl.node.create import image_path
+from tests.iscsi.initiator import Initiator
 from tests.system.conftest import MakeGroup
 from tests.system.group import ALL, MIB, TIMEOUT_S, A, B, OrderedLoad, RealGroup, answers, wait_for
 
@@ -399,3 +401,37 @@ def fill_volume(group: RealGroup, name: str, size: int) -> None:
         volume.write(at, os.urandom(MIB))
     volume.flush()
     volume.close()
+
+
+# front ends
+
+
+def test_a_loop_device_and_an_initiator_see_the_new_size(make_group: MakeGroup) -> None:
+    group = make_group(iscsi_portals=1).create().start()
+    attached = group.cli("attach", f"system/{A}")
+    if attached.returncode == 5:
+        pytest.skip(attached.stderr)
+    assert attached.returncode == 0, attached.stderr
+    device = attached.stdout.strip()
+    sectors = Path("/sys/block") / Path(device).name / "size"
+    assert int(sectors.read_text()) * 512 == OLD
+    portals = {name: next(iter(group.node(name).iscsi or ())) for name in ("p1", "s1")}
+    initiators = {
+        name: Initiator((portal.host, portal.port)).login(group.definition.target_name)
+        for name, portal in portals.items()
+    }
+    for initiator in initiators.values():
+        initiator.ready()
+    ask_to_grow(group)
+    adjust(group)
+    wait_for(lambda: int(sectors.read_text()) * 512 == NEW, "the loop device's size")
+    with open(device, "r+b", buffering=0) as raw:
+        raw.seek(NEW - BLOCK)
+        assert raw.write(b"x" * BLOCK) == BLOCK
+        os.fsync(raw.fileno())
+    assert group.cli("detach", f"system/{A}").returncode == 0
+    assert group.open(A).read(NEW - BLOCK, BLOCK) == b"x" * BLOCK
+    for name, initiator in initiators.items():  # through the path that does not serve too
+        assert initiator.command(bytes(6)).sense == 6 << 16 | Asc.CAPACITY_DATA_HAS_CHANGED
+        if name == "p1":
+            assert initiator.capacity() == (NEW // 4096, 4096)
