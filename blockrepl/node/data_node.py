@@ -71,7 +71,7 @@ class DataNode(NodeBase):
             self.target.host.applier.on_config = self.take
             self.target.host.role.trusted = lambda: self.source is None or self.source.trusted
             self.target.host.role.replayed = lambda: self.source is None or self.source.recovered
-            self.target.host.role.alone = lambda: self.source is not None and self.source.alone
+            self.target.host.role.alone = lambda: self.source is not None and self.source.host.role.suspension.was_alone
             if self._active:
                 self._become_source()
         self.prepared()

@@ -137,12 +137,6 @@ class Source:
         return role.state.trusted and (bool(role.state.suspended) or role.trusted)
 
     @property
-    def alone(self) -> bool:
-        """It has, or may have by now, completed writes without its intermediate that no resync has taken up."""
-        role = self.host.role
-        return role.suspending or (bool(role.state.suspended) and role.state.alone and not role.state.detached)
-
-    @property
     def recovered(self) -> bool:
         """Its P-VOLs hold what they should: nothing is to be read back from the intermediate's journal (rule 7)."""
         return self.host.role.serving

@@ -39,6 +39,12 @@ class Suspension:
         return self.bound().number > self._owner.state.epoch.number
 
     @property
+    def was_alone(self) -> bool:
+        """It has, or may have by now, completed writes without its intermediate that no resync has taken up."""
+        owner, state = self._owner, self._owner.state
+        return owner.suspending or (bool(state.suspended) and state.alone and not state.detached)
+
+    @property
     def completes(self) -> bool:
         """Writes complete without the group now."""
         owner = self._owner

@@ -129,6 +129,7 @@ class DataProcess(Process):
         self.host = self._open_target()
         self.host.role.trusted = lambda: self.source is None or self.source.trusted
         self.host.role.replayed = lambda: self.source is None or self.source.host.role.serving
+        self.host.role.alone = lambda: self.source is not None and self.source.host.role.suspension.was_alone
         if self.host.role.state.active:
             self.source = SimSource(self, self.host.role.state)
         return self.host
@@ -248,20 +249,23 @@ class DataProcess(Process):
 
     # the operator's commands
 
-    def take_over(self, done: Callable[[Takeover], None], *, dry_run: bool = False, force: bool = False) -> str:
+    def take_over(
+        self, done: Callable[[Takeover], None], *, dry_run: bool = False, force: bool = False, planned: bool = False
+    ) -> str:
         """Take over at this site; what forbids it, or nothing. ``done`` is not called when the process dies."""
         state = self.host.role.state
         if state.active and not state.rolling:
             return "its volumes are the source of the copy"
         if self.opener is not None:
             return "a takeover or a swap is under way here"
-        role = takeover_of(self, self.layout.sources(self.site), dry_run=dry_run, force=force)
+        members = self.layout.sources(self.site)
+        role = takeover_of(self, members, dry_run=dry_run, force=force, planned=planned)
         self.opener = Opener(self, role, lambda: done(role))
         return ""
 
     def reform(
         self, done: Callable[[Reform], None], *, replaced: int = 0, force: bool = False, verify: bool = False,
-        dry_run: bool = False,
+        dry_run: bool = False, planned: bool = False,
     ) -> str:  # fmt: skip
         """Form the group anew with this site as its source; what forbids it, or nothing."""
         if not self.host.role.state.active:
@@ -273,7 +277,7 @@ class DataProcess(Process):
         asked = Question(
             direction=site, sources=list(layout.sources(site).values()), targets=list(layout.targets(site).values()),
             pairs={volume: (owners[volume], homes[volume]) for volume in layout.volumes}, names=layout.names,
-            replaced=replaced, force=force, verify=verify,
+            replaced=replaced, force=force, verify=verify, planned=planned,
         )  # fmt: skip
         role = Reform(
             group=GROUP, node=self.node_id, name=self.name, intermediate=layout.intermediate[1], question=asked,
@@ -313,6 +317,8 @@ class SimSource:
             streams={v: homes[v] for v in process.volume_ids}, state=state, policy=layout.policy,
             bitmaps=process.bits.bitmaps, clean=clean,
         )  # fmt: skip
+        beside = process.host.role
+        role.suspension.bound = lambda: beside.state.promised
         watch_primary(process, role)
         process.watcher.recovered(process, [], role)
         host = WatchedPrimaryHost(

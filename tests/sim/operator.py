@@ -63,7 +63,7 @@ class Operator:
                 middle = process.host.role
                 found.append({
                     "node": name, "role": "intermediate", "state": middle.phase.value,
-                    "epoch": epoch_json(middle.state.epoch), "pair": middle.pairing.pair.name,
+                    "epoch": epoch_json(middle.state.epoch), "pair": middle.pairing.shown.name,
                 })  # fmt: skip
         return found
 
@@ -101,14 +101,19 @@ class Operator:
             return
 
         def rehearsed(role: Takeover) -> None:
-            if role.phase is not TakeoverPhase.DONE or not role.report.drained:
-                then(f"a swap loses nothing, but: {role.problem or 'not drained'}")
+            if role.phase is not TakeoverPhase.DONE or not role.report.lossless:
+                then(f"a swap loses nothing, but: {role.problem or 'it would'}")
             else:
-                self.take_over(leader.name, lambda problem: then(problem) if problem else self.reform(then))
+                self.take_over(leader.name, taken_over, planned=True)
 
-        self._enter(leader, lambda: leader.take_over(rehearsed, dry_run=True), then)
+        def taken_over(problem: str) -> None:
+            then(problem) if problem else self.reform(then, planned=True)
 
-    def reform(self, then: Then, *, replaced: str = "", force: bool = False, verify: bool = False) -> None:
+        self._enter(leader, lambda: leader.take_over(rehearsed, dry_run=True, planned=True), then)
+
+    def reform(
+        self, then: Then, *, replaced: str = "", force: bool = False, verify: bool = False, planned: bool = False
+    ) -> None:
         """At a source of the newest epoch."""
         source = self.source()
         if source is None:
@@ -124,9 +129,13 @@ class Operator:
             then(role.problem)
 
         self.group.world.say("", f"operator at {source.name}: {f'replace {replaced}' if replaced else 'resync --swap'}")
-        self._enter(source, lambda: source.reform(done, replaced=number, force=force, verify=verify), then)
+        self._enter(
+            source, lambda: source.reform(done, replaced=number, force=force, verify=verify, planned=planned), then
+        )
 
-    def take_over(self, name: str, then: Then, *, dry_run: bool = False, force: bool = False) -> None:
+    def take_over(
+        self, name: str, then: Then, *, dry_run: bool = False, force: bool = False, planned: bool = False
+    ) -> None:
         """`takeover` at a node."""
         process = self.group.processes[name]
         assert isinstance(process, DataProcess)
@@ -138,7 +147,7 @@ class Operator:
             then(role.problem)
 
         self.group.world.say("", f"operator at {name}: takeover{' --dry-run' * dry_run}{' --force' * force}")
-        self._enter(process, lambda: process.take_over(done, dry_run=dry_run, force=force), then)
+        self._enter(process, lambda: process.take_over(done, dry_run=dry_run, force=force, planned=planned), then)
 
     def _enter(self, process: DataProcess, command: Callable[[], str], then: Then) -> None:
         if not self._answers(process):

@@ -732,7 +732,13 @@ class SecondaryProcess(Process):
 
 
 def takeover_of(
-    process: Process, members: dict[str, int], *, dry_run: bool, force: bool, patience_s: float = 3.0
+    process: Process,
+    members: dict[str, int],
+    *,
+    dry_run: bool,
+    force: bool,
+    patience_s: float = 3.0,
+    planned: bool = False,
 ) -> Takeover:
     """As `node.takeover_run`."""
     layout, random = process.layout, process.world.random
@@ -740,7 +746,7 @@ def takeover_of(
         group=GROUP, node=process.node_id, name=process.name, intermediate=layout.intermediate[1],
         secondaries=list(members.values()), names=layout.names, new_id=lambda: random.randbytes(16),
         now_s=process.machine.clock.now_s(), dry_run=dry_run, force=force, patience_s=patience_s,
-        fence_never=layout.policy.fence_never,
+        fence_never=layout.policy.fence_never, planned=planned,
     )  # fmt: skip
 
 
