@@ -17,8 +17,9 @@ from blockrepl.replication.pairing import Pairing
 from blockrepl.replication.primary import Phase, Primary
 from blockrepl.replication.resyncing import Resyncing
 from blockrepl.replication.secondary import Secondary
+from blockrepl.replication.secondary_epochs import Epochs
 from blockrepl.replication.suspension import Suspension
-from tests.sim import scenarios, scenarios_epochs
+from tests.sim import scenarios, scenarios_epochs, scenarios_sites
 from tests.sim.bits import SimBitmaps
 from tests.sim.planted import Planted, replaced
 from tests.sim.planted_links import (
@@ -211,6 +212,18 @@ def own_bits_forgotten_at_a_resync() -> AbstractContextManager[Any]:
     return replaced(Resyncing, "begin", begin)
 
 
+def target_drops_what_it_was_not_told_is_valid() -> AbstractContextManager[Any]:
+    """Rules 8 and 25: formed anew, a target applies only what it knows to be validated, and drops the rest it holds."""
+    original = Epochs._become_target
+    validated = property(lambda role: role.validated)
+
+    def become(self: Epochs, *args: Any) -> Any:
+        with replaced(Secondary, "held", validated):
+            return original(self, *args)
+
+    return replaced(Epochs, "_become_target", become)
+
+
 PLANTED: list[tuple[Planted, Callable[[], None]]] = [
     (bit_set_after_its_write, scenarios.rolling_disaster),
     (alone_before_the_lease, scenarios.rolling_disaster),
@@ -228,6 +241,7 @@ PLANTED: list[tuple[Planted, Callable[[], None]]] = [
     (own_bits_forgotten_at_a_resync, scenarios.solo_writes_enter_at_the_end),
     (copied_outside_the_overlap_lock, scenarios.writes_while_copying),
     (checkpoint_number_taken_after_the_sync, scenarios.power_cut_behind_a_checkpoint),
+    (target_drops_what_it_was_not_told_is_valid, scenarios_sites.valid_as_only_the_sources_know),
     (cut_tail_is_not_erased, scenarios_epochs.torn_tail),
     (takeover_without_promise, scenarios_epochs.late_records_after_a_promise),
     (prepared_kept_across_an_epoch, scenarios_epochs.takeover_interrupted_behind_a_rollback),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from blockrepl.formats.link import Pair
-from tests.sim import scenarios_epochs
+from tests.sim import scenarios_epochs, scenarios_sites
 from tests.sim.group import small
 from tests.sim.oracle import demand
 from tests.sim.scenario import NEVER, Scenario
@@ -235,6 +235,7 @@ SCENARIOS: list[Callable[[], None]] = [
     takeover_with_an_end_that_is_not_validated, end_validated_and_one_secondary_dies, full_journal,
     primary_killed_in_mid_copy, alone_and_killed, solo_writes_enter_at_the_end, writes_while_copying,
     power_cut_behind_a_checkpoint, *scenarios_epochs.SCENARIOS,
+    *scenarios_sites.SCENARIOS,
 ]  # fmt: skip
 
 
