@@ -343,7 +343,7 @@ class Pairing:
     def _tell_split(self, now_s: float) -> list[Action]:
         """It is durable: let the secondaries go, where their state is one that can be looked at."""
         owner, state = self._owner, self._owner.state
-        if state.start or state.pair not in (Pair.PSUS, Pair.SMPL):
+        if state.start or self.step is not Step.IDLE or state.pair not in (Pair.PSUS, Pair.SMPL):
             return []
         writable = self._split_writable or state.pair == Pair.SMPL
         message = encode(Message.SPLIT, state.epoch.number, number=self.suspended_at, writable=writable)
@@ -592,7 +592,8 @@ class Pairing:
         """A secondary has come back: one that missed its SPLIT hears it again."""
         state = self._owner.state
         if state.limited and self.step is Step.IDLE and stream.ready:
-            return self._tell_split(0.0)
+            # Stored (again) first: else a crash leaves a secondary that is split, and an intermediate in PAIR.
+            return [self._owner.save(self._tell_split)]
         return []
 
     def room(self, free_bytes: int, ring_bytes: int) -> None:

@@ -165,6 +165,25 @@ def test_a_split_drains_to_one_number_and_nothing_above_it_is_sent() -> None:
     assert group.role.streams.validated == 3
 
 
+def test_a_secondary_that_comes_back_hears_of_the_split_only_when_that_is_durable() -> None:
+    """Else a crash leaves a secondary that is split, and an intermediate in PAIR that sends to it."""
+    group = Group(pair=int(Pair.PSUS), limited=True)
+    group.join()
+    group.do(group.role.lost(LINKS[S1], 0.0))
+    group.do(group.role.connected(LINKS[S1], S1, NONCE, 0.0))
+    actions = group.role.received(LINKS[S1], Message.WELCOME, report(S1), 0.0)
+    assert Message.SPLIT not in kinds(messages(actions))
+    assert Message.SPLIT in kinds(group.do(actions))
+
+
+def test_a_split_that_is_stored_behind_a_rejoin_is_not_told_any_more() -> None:
+    group = Group()
+    group.join()
+    late = group.role.pairing._suspend_hop2(Pair.PSUS, "split; a secondary was away")
+    group.do(group.role.pairing.resync(now_s=0.0))
+    assert Message.SPLIT not in kinds(group.do(late))
+
+
 def test_while_split_the_journal_gives_up_only_what_is_in_the_bitmaps() -> None:
     group = split_group()
     for number in (4, 5):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections import deque
 from contextlib import nullcontext
@@ -44,6 +45,7 @@ def parse() -> argparse.Namespace:
     one = parser.add_argument_group("what a run is; drawn from the seed where not given")
     add = one.add_argument
     add("--seconds", type=float, default=Options.seconds, help="simulated seconds with faults (8)")
+    add("--steps", type=int, metavar="N", help="instead: so many steps with faults, of a group that is up")
     add("--story", choices=sorted({*STORIES, *PAIR_STORIES, *SITES_STORIES}))
     add("--threads", type=int, help="hosts' threads")
     add("--volumes", type=int, choices=[1, 2, 3])
@@ -65,7 +67,8 @@ def options_of(args: argparse.Namespace) -> Options:
     planted = options_for(args.planted) if args.planted else Options()
     story = args.story or planted.story
     return Options(
-        seconds=args.seconds, threads=args.threads or planted.threads, volumes=args.volumes, ring_bytes=args.ring,
+        seconds=args.seconds, steps=args.steps, threads=args.threads or planted.threads, volumes=args.volumes,
+        ring_bytes=args.ring,
         story=story, fault_every_s=args.every or planted.fault_every_s,
         faults=args.only if args.only is not None else planted.faults,
         duplicate=planted.duplicate if args.duplicate is None else args.duplicate,
@@ -87,7 +90,13 @@ def tell(case: Case, lines: int) -> int:
     return 0
 
 
+def interrupted(*_: object) -> None:
+    """SIGTERM counts as Ctrl-C."""
+    raise KeyboardInterrupt
+
+
 def main() -> int:
+    signal.signal(signal.SIGTERM, interrupted)
     args = parse()
     options = options_of(args)
     if args.seed is None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from tests.sim import planted, planted_links, planted_volumes
+from tests.sim import planted, planted_links, planted_superset, planted_volumes
 from tests.sim.group import Options
 from tests.sim.planted import Planted
 
-PLANTED = planted.PLANTED + planted_links.PLANTED + planted_volumes.PLANTED
+PLANTED = planted.PLANTED + planted_links.PLANTED + planted_volumes.PLANTED + planted_superset.PLANTED
 NAMES = [bug.__name__ for bug, _ in PLANTED]
 
 

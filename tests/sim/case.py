@@ -86,7 +86,8 @@ class Case:
 
 
 FLAGS = {
-    "--seconds": "seconds", "--story": "story", "--threads": "threads", "--volumes": "volumes", "--ring": "ring_bytes",
+    "--seconds": "seconds", "--steps": "steps", "--story": "story", "--threads": "threads", "--volumes": "volumes",
+    "--ring": "ring_bytes",
     "--every": "fault_every_s", "--volumes-mode": "volumes_mode", "--duplicate": "duplicate",
     "--only": "faults", "--until": "until_s", "--faults": "keep", "--salt": "salt",
 }  # fmt: skip

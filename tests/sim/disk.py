@@ -21,6 +21,8 @@ from blockrepl.storage.undo_file import UndoFile
 if TYPE_CHECKING:
     from tests.sim.process import Process
 
+HEAD_BYTES = 4096 * 4  # slots, superblocks, bitmaps lie below
+
 _numbers = itertools.count(100)
 
 
@@ -39,6 +41,7 @@ class SimFile:
         self.pending: list[tuple[int, int, bytes]] = []  # (serial, offset, data)
         self.serial = 0
         self.metadata = b""  # beside it, always durable
+        self.head_changes = 0  # how often something below `HEAD_BYTES` reached the platter
         self._faults: dict[str, list[int]] = {}  # "write" or "sync" → [operations that still work, that fail, errno]
 
     def fail(self, kind: str, *, after: int = 0, times: int = 1, code: int = errno.EIO) -> None:
@@ -101,6 +104,7 @@ class SimFile:
         self._trip("sync")
         for _, offset, data in covered:
             self.platter[offset : offset + len(data)] = data
+            self.head_changes += offset < HEAD_BYTES
 
     def write_durably(self, offset: int, data: Buffer) -> None:
         """As pwritev2 with RWF_DSYNC: this and nothing else becomes durable. Raises OSError."""
@@ -112,6 +116,7 @@ class SimFile:
         end = offset + len(whole)
         self.pending = [each for each in self.pending if not (each[1] < end and offset < each[1] + len(each[2]))]
         self.platter[offset:end] = whole
+        self.head_changes += offset < HEAD_BYTES
 
     def sync(self) -> None:
         """All at once."""
@@ -133,6 +138,7 @@ class SimFile:
                     piece = data[start : start + unit]
                     self.platter[offset + start : offset + start + len(piece)] = piece
         self.pending.clear()
+        self.head_changes += 1
         self.cache[:] = self.platter
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from blockrepl.formats.journal import RING_OFFSET
 from blockrepl.replication.takeover import Takeover
 from tests.sim.damage import HARMLESS, verdict_of
-from tests.sim.plan import Planned, plan
+from tests.sim.plan import STEPS_A_SECOND, USUAL_S, Planned, plan
 from tests.sim.process import Process
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ NAMES = ("p1", "p2", "i", "s1", "s2")
 LINKS = [("p1", "i"), ("p2", "i"), ("i", "s1"), ("i", "s2"), ("s1", "s2")]
 SITES = {"primary": ["p1", "p2"], "intermediate": ["i"], "secondary": ["s1", "s2"]}
 FOR_EVER = 1 << 30
+PACE = 3.0  # a run of few steps has fewer faults than one of seconds: else its hosts get nothing done
 
 
 class Faults:
@@ -31,7 +32,10 @@ class Faults:
         self.random: Random = group.random  # of the fault that is being performed
         self._stopped = False
         options = group.options
-        self.plan = plan(group.seed, group.story, options.seconds, options.fault_every_s, options.faults)
+        seconds = options.steps / STEPS_A_SECOND if options.steps else options.seconds
+        pace = min(1.0, PACE * seconds / USUAL_S) if options.steps else 1.0
+        self._outages = pace  # how long they are, of the usual
+        self.plan = plan(group.seed, group.story, seconds, options.fault_every_s, options.faults, pace)
         for each in self.plan:
             if options.keep is None or each.number in options.keep:
                 self.world.after(each.at_s, lambda each=each: self._perform(each))  # type: ignore[misc]
@@ -72,7 +76,7 @@ class Faults:
         return self.group.processes[self.random.choice(NAMES)]
 
     def _down_s(self) -> float:
-        return self.random.choice([0.02, 0.2, 1.5])
+        return self.random.choice([0.02, 0.2, 1.5]) * self._outages
 
     # processes
 
@@ -96,7 +100,7 @@ class Faults:
     def _pause(self) -> None:
         process = self._anybody()
         if process.alive:
-            seconds = self.random.choice([0.05, 0.4, 1.5, 3.0])
+            seconds = self.random.choice([0.05, 0.4, 1.5, 3.0]) * self._outages
             self._say(f"{process.name} is stopped (SIGSTOP) for {seconds} s")
             process.paused_until_s = self.world.now_s + seconds
 
@@ -121,7 +125,7 @@ class Faults:
     # the network
 
     def _outage_s(self) -> float:
-        return self.random.choice([0.05, 0.5, 1.5, 3.0])
+        return self.random.choice([0.05, 0.5, 1.5, 3.0]) * self._outages
 
     def _cut(self) -> None:
         one, other = self.random.choice(LINKS)

@@ -21,7 +21,7 @@ from tests.sim.bits import BITMAP_BLOCK
 from tests.sim.hosts import Hosts
 from tests.sim.network import Network
 from tests.sim.oracle import Oracle
-from tests.sim.plan import STORIES
+from tests.sim.plan import STORIES, USUAL_S, story_of
 from tests.sim.process import (
     BLOCK,
     IntermediateProcess,
@@ -30,8 +30,10 @@ from tests.sim.process import (
     Process,
     SecondaryProcess,
 )
+from tests.sim.superset import Superset
 from tests.sim.world import Violation, World
 
+START_S = 20.0  # the time that a new group has to come up undisturbed
 HEALED_S = 40.0  # the time that a healed group has to come to rest
 
 
@@ -39,7 +41,8 @@ HEALED_S = 40.0  # the time that a healed group has to come to rest
 class Options:
     """What a run is to be; drawn from the seed where None."""
 
-    seconds: float = 8.0
+    seconds: float = USUAL_S
+    steps: int | None = None  # of a group that is up already, instead of seconds
     threads: int | None = None
     volumes: int | None = None
     blocks: int | None = None  # of a volume
@@ -68,6 +71,7 @@ class Result:
     digests: int = 0
     faults: int = 0
     trials: int = 0
+    supersets: int = 0  # looks at invariant 7
     taken_over: bool = False
     takeovers: int = 0
     swaps: int = 0
@@ -125,7 +129,7 @@ class Group:
         ring = options.ring_bytes or ring
         self.cache_bytes = random.choice([16 << 10, 64 << 10, 48 << 20])
         self.max_blocks = min(16, ring // (16 * 4096) * 4)
-        story = random.choice(STORIES)
+        story = story_of(seed, random.choice(STORIES))
         self.story = options.story or story
         self.layout = self._layout(options, ring, random)
         self.oracle = self._make_oracle()
@@ -137,6 +141,7 @@ class Group:
         self.result = Result(seed, self.story)
         self.hosts: Hosts
         self._since_images = 0
+        self._superset = Superset(self)
         world.checks.append(self._check)
 
     def _make_oracle(self) -> Any:
@@ -223,16 +228,34 @@ class Group:
 
         with self.limits():
             self.create()
+            if self.options.steps:
+                self.world.run(START_S, self._is_up)
             self.begin_work()
             faults = Faults(self)
-            self.world.run(self.options.until_s or self.options.seconds)
+            self._work()
             faults.stop()
             self.rest()
         result, oracle, world = self.result, self.oracle, self.world
         result.steps, result.records, result.completions = world.steps, len(oracle.records), oracle.completions
+        result.supersets = self._superset.count
         result.errors, result.digests, result.odd = self.hosts.errors, self.hosts.digests, world.odd
         result.taken_over = oracle.taken_over_at is not None
         return result
+
+    def _is_up(self) -> bool:
+        return all(
+            process.alive and process.host.role.live for name in self.layout.primaries
+            for process in [self.primary(name)]
+        )  # fmt: skip
+
+    def _work(self) -> None:
+        """Hosts write, and what is planned goes wrong."""
+        world, options = self.world, self.options
+        if options.steps and not options.until_s:
+            last = world.steps + options.steps
+            world.run(float("inf"), lambda: world.steps >= last)
+        else:
+            world.run(options.until_s or options.seconds)
 
     # the end: everything is healed
 
@@ -433,6 +456,8 @@ class Group:
 
     def _check(self) -> None:
         random = self.random
+        if self._superset.due():
+            self._superset.check()
         if self.world.steps % 7 == 0:
             self.oracle.check_watermarks(self.processes)
         self._since_images += 1

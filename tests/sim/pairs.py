@@ -1,6 +1,6 @@
 """What suspension and resync must keep: bits before writes, nothing numbered that depends on a write taken alone.
 
-The check that a bitmap says enough (invariant 7) is made by its consequence: after a resync the volumes are equal.
+That a bitmap says enough (invariant 7) is looked at in `superset.py`; and after a resync the volumes are equal.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class PairTruth:
         self.volumes = {volume: HostTruth(size) for volume, (_, _, size) in layout.volumes.items()}
         self.alone = 0  # writes completed alone that no resync has taken up
         self._generation = 1  # one more at every START and END
-        self.alone_ever: set[str] = set()  # primaries that ever completed one
+        self.alone_ever: set[str] = set()  # primaries that ever stored one, told or not yet
         self.copying = False  # between a START and its ENDs
         self._windows: list[list[int]] = []  # [START, END] of every resync, by number
         self.resyncs = 0  # that came to their END
@@ -41,11 +41,11 @@ class PairTruth:
         if not write.solo:
             return False
         self.alone += 1
-        self.alone_ever.add(process.name)
         return True
 
     def storing_alone(self, process: Process, batch: Any, volume: int) -> None:
         """A primary is about to store a host's batch alone: its bits must be on the platter (rule 17)."""
+        self.alone_ever.add(process.name)
         size = process.layout.volumes[volume][2]
         durable = Bitmap(size, BITMAP_BLOCK, bytes(process.machine.files[f"bits {volume}"].platter))
         for offset, length in zip(batch.offsets, batch.lengths, strict=True):

@@ -51,6 +51,7 @@ UNDO_FILE_BYTES = 1 << 20
 TICK_S = 0.02
 REFORM_GRACE_S = 2.0  # as `node.intermediate_node`
 HELLO_TIMEOUT_S = 1.0
+HEADS = frozenset({"state", "journal", "bits", "hop2", "split"})
 
 
 @dataclass
@@ -183,6 +184,7 @@ class Process:
         self.disk: SimDisk
         network.processes[name] = self
         self.host: Any = None
+        self._heads: dict[str, SimFile] = {}
 
     # life
 
@@ -321,6 +323,13 @@ class Process:
         self.host.settle()
 
     # files
+
+    @property
+    def heads(self) -> dict[str, SimFile]:
+        """The files that say where it is: state, superblock and bits."""
+        if not self._heads:
+            self._heads = {name: file for name, file in self.machine.files.items() if name.split()[0] in HEADS}
+        return self._heads
 
     def format(self) -> None:
         """`create`: make the machine's files."""
