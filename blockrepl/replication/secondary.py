@@ -77,7 +77,8 @@ class Secondary:
         self.link = 0  # hop 2
         self.reason = ""
         self._openers: set[int] = set()
-        self.incarnation = 0  # of the intermediate
+        self.incarnation = 0  # of the intermediate, as it greeted last
+        self.greeted_epoch = 0  # and the number of its epoch then
         self._credit = 0
         self._credit_used = 0
         self.free_bytes = 0  # of the ring, less the reserve; the host says how it is, we count what we append since
@@ -186,7 +187,7 @@ class Secondary:
             if self.link:
                 actions.append(Close(self.link, "the intermediate connected again"))
             self.link, self._heard_s, self._stamp_ns = link, now_s, 0
-            self.incarnation = fields["incarnation"]
+            self.incarnation, self.greeted_epoch = fields["incarnation"], fields["epoch"].number
             self._credit_used = self._credit = 0
             self.notes.clear()
             self._raise_credit()

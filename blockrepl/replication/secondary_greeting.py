@@ -32,6 +32,7 @@ def _problem_with_intermediate(role: Secondary, fields: dict[str, Any]) -> Probl
         return Refusal.EPOCH, f"split brain: epoch {epoch} there, {ours} here"
     if role.state.active and epoch.number <= ours.number:  # with a higher one it is we who are behind
         return Refusal.ACTIVE, f"{role.name} has taken over in epoch {ours.number}"
-    if fields["incarnation"] < role.incarnation:
+    # One that replaces a lost intermediate counts from 1 again; a reform has brought it into a higher epoch.
+    if fields["incarnation"] < role.incarnation and epoch.number <= role.greeted_epoch:
         return Refusal.STALE, f"incarnation {fields['incarnation']} is dead, {role.incarnation} lives"
     return None

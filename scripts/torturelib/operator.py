@@ -59,9 +59,6 @@ class Operator:
             follow(self._group, answer)
         return answer
 
-    def _pair(self) -> str:
-        return str(self._group.status(INTERMEDIATE).get("pair") or "")
-
     def _active_site(self) -> int:
         """Where the sources of the newest epoch are; as before when nobody answers."""
         newest, site = -1, self._group.direction

@@ -13,7 +13,7 @@ from contextlib import suppress
 
 from scripts.torturelib.errors import BrokenPromiseError
 from scripts.torturelib.group import INTERMEDIATE, NAMES, NODES, PATIENCE_S
-from scripts.torturelib.healing import Healing
+from scripts.torturelib.healing import Healing, explain
 from scripts.torturelib.hosts import AREA_BLOCKS
 from scripts.torturelib.life import Life, Round
 from scripts.torturelib.operator import Operator
@@ -167,7 +167,7 @@ class Walk(Operator):
     def _lose_source(self) -> None:
         """Nothing but a takeover helps."""
         group = self._group
-        if self._lost or self._pair() != "PAIR" or not all(node in group.running for node in group.targets):
+        if self._lost or explain(group)["pair"] != "PAIR" or not all(node in group.running for node in group.targets):
             return
         self._lost = self._random.choice(group.sources)
         self._note(f"the disk of {self._lost} is lost, which is a source")

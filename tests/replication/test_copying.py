@@ -8,7 +8,7 @@ import pytest
 
 from blockrepl.chunks import Chunk
 from blockrepl.errors import ProtocolError, SequenceGapError
-from blockrepl.formats.link import LinkRole, Message
+from blockrepl.formats.link import Epoch, LinkRole, Message
 from blockrepl.formats.record import RecordFlag, RecordKind, control_record, decode_record, number_record
 from blockrepl.replication.actions import Action, Apply, Truncate
 from blockrepl.replication.secondary import Phase
@@ -356,3 +356,17 @@ def test_25_a_reform_that_another_one_overtook_leaves_a_source_serving() -> None
     actions = finish(role, actions)
     assert words(actions) == ["STORED", "Publish"]
     assert (role.phase, role.state.epoch) == (Phase.ACTIVE, ONE)
+
+
+def test_25_an_intermediate_that_replaces_a_lost_one_is_let_in_though_it_counts_its_processes_from_one_again() -> None:
+    def greeted(link: int, epoch: Epoch, incarnation: int) -> list[str]:
+        fields = hello(LinkRole.INTERMEDIATE, MID, S1, epoch=epoch, promised=epoch, incarnation=incarnation)
+        return words(role.accepted(link, fields, 0.0))
+
+    role = secondary()
+    assert greeted(7, ONE, 3) == ["WELCOME"]
+    assert greeted(8, ONE, 1) == ["Close"], "a process of the same intermediate that is dead"
+    role.state.epoch = role.state.promised = TWO  # a reform has reached this target, and the new intermediate
+    assert greeted(9, TWO, 1) == ["Close", "WELCOME"]
+    assert greeted(10, ONE, 3)[-1] == "WELCOME", "the lost one's HELLO, read late"
+    assert greeted(11, TWO, 1) == ["Close", "WELCOME"], "locks the new one out for no longer than that"
