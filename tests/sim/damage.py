@@ -37,7 +37,8 @@ def verdict_of(process: Process, name: str, before: SimFile) -> str:
     if found == whole:
         return HARMLESS
     (payload, frames), (old_payload, old_frames) = found, whole
-    if payload != old_payload:
+    older_head = len(frames) > len(old_frames) and frames[len(frames) - len(old_frames) :] == old_frames
+    if payload != old_payload or older_head:
         return OLDER_SLOT
     if frames != old_frames[: len(frames)]:
         raise Violation(f"{process.name}: a flipped bit of {name} changed what is recovered")
