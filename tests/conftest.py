@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 from hypothesis import settings
@@ -10,6 +11,9 @@ pytest_plugins = ("tests.patience", "tests.workers", "tests.second_chance", "tes
 
 # Ignored in what a shell runs in the background; so it would be in whatever tests start and mean to interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# pytest-xdist sets it for its workers; commands are to be as wide as in a pipe.
+os.environ.pop("COLUMNS", None)
 
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")

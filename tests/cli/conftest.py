@@ -69,7 +69,6 @@ class FakeGroup:
 def own_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BLOCKREPL_RUNTIME_DIR", str(tmp_path / "run"))
     monkeypatch.delenv("BLOCKREPL_FILE", raising=False)
-    monkeypatch.delenv("COLUMNS", raising=False)  # pytest-xdist sets it for its workers
     monkeypatch.chdir(tmp_path)
 
 

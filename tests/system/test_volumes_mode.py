@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import filecmp
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,12 @@ def test_an_intermediate_volume_can_be_looked_at_and_not_written(group: RealGrou
     group.settle()
     told = row(group, "data")
     assert (told["role"], told["state"], told["active"]) == ("I-VOL", "PAIR", True)
-    shown = group.cli("status", str(group.path)).stdout
-    own = [line.split()[:4] for line in shown.splitlines() if "I-VOL" in line]
+
+    def shown() -> list[list[str]]:
+        lines = group.cli("status", str(group.path)).stdout.splitlines()
+        return [line.split()[:4] for line in lines if "I-VOL" in line]
+
+    own = wait_for(shown, "the intermediate answers in time for `status`")
     assert own[0] == ["data", "I-VOL", "i1", "PAIR"]
     opened = NbdVolume(told["nbd"], TIMEOUT_S)
     with group.images("data")[0].open("rb") as image:
@@ -190,7 +195,8 @@ def _back_and_forth(group: RealGroup) -> None:
     group.settle()
     assert group.status("i1")["volumes"] == []
     wait_for(lambda: group.status("i1")["journal"]["used_bytes"] == 0, "the ring has given up what it held")
-    group.kill("i1")
+    group.signal("i1", signal.SIGTERM)  # a killed one may find it in the ring again
+    assert group.ended("i1") == 0
     group.change("[policy]", f"{KEYS}\n[policy]")
     group.start("i1")
     wait_links(group)
