@@ -345,8 +345,9 @@ class SitesOracle(Watcher):
         raise Violation(f"20: the targets that are to go back to {number} are at no prefix of the group")
 
     def rejoining(self, process: Any, resync: int) -> None:
+        number = max(resync, process.primary.role.joining.through)  # it may have gone alone in the middle of it
         for volume in process.volume_ids:
-            self.history.rebase(volume, resync, bytes(process.machine.files[f"volume {volume}"].cache))
+            self.history.rebase(volume, number, bytes(process.machine.files[f"volume {volume}"].cache))
         if process.source is not None and process.source.host.role.resyncing.compare:
             self._strict.add(process.name)
             for volume in process.volume_ids:
