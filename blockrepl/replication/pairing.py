@@ -567,7 +567,9 @@ class Pairing:
         def closed(now_s: float) -> list[Action]:
             self.machine.go("closed")
             message = encode(Message.RESYNCED, state.epoch.number, id=resync)
-            return [Send(s.link, [message]) for s in owner.senders.by_node.values() if s.live]
+            # A split that was asked for meanwhile was not told: there was no number yet to split at.
+            split = [owner.save(self._tell_split)] if state.limited else []
+            return [*(Send(s.link, [message]) for s in owner.senders.by_node.values() if s.live), *split]
 
         def stored(now_s: float) -> list[Action]:
             if keep:

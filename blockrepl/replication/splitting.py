@@ -27,12 +27,16 @@ class Splitting:
     def split(self, number: int, *, writable: bool, now_s: float) -> list[Action]:
         """SPLIT: apply to exactly ``number``, then store the split, then publish. Raises ProtocolError."""
         owner, state = self._owner, self._owner.state
-        if owner.copying.spans:
-            raise ProtocolError(f"SPLIT {number} in mid-copy: there is no number to split at")
         if not owner.validated <= number <= state.prepared:
             raise ProtocolError(f"SPLIT {number}: validated {owner.validated}, prepared {state.prepared} here")
+        newest = owner.copying.newest
+        if newest is not None and not 0 < newest.end <= owner.validated:
+            raise ProtocolError(f"SPLIT {number} in mid-copy: there is no number to split at")
         if self._asked == (number, writable):
             return []
+        if newest is not None:  # it came right behind the VALIDATE of that END
+            self._asked = number, writable
+            return owner.copying.when_applied(newest.end, lambda now_s: self._ended(number, writable, now_s))
         if state.split and (owner.applied, state.split_writable) == (number, writable):
             return []
         self._asked = number, writable
@@ -62,6 +66,15 @@ class Splitting:
             return [Publish(), Event(f"split at {number}{', writable' if writable else ''}")]
 
         return [Withdraw(owner.later(go))] if state.split else go(now_s)
+
+    def _ended(self, number: int, writable: bool, now_s: float) -> list[Action]:
+        """The copy that a SPLIT found here has ended; a REJOIN may have come meanwhile, or another START."""
+        owner = self._owner
+        if self._asked != (number, writable):
+            return []
+        self._asked = None
+        still = owner.following and not owner.copying.spans and owner.validated <= number <= owner.state.prepared
+        return self.split(number, writable=writable, now_s=now_s) if still else []
 
     def end(self) -> None:
         """Split no more; the caller has withdrawn the volumes, and saves the state."""

@@ -575,6 +575,29 @@ def test_a_split_in_mid_resync_stays_between_start_and_end() -> None:
     assert group.pair.name == "PAIR"
 
 
+def test_a_split_while_the_end_is_under_way_is_told_once_that_is_validated() -> None:
+    group = split_group()
+    group.bitmaps[1].mark(0, 1)
+    resync(group)
+    for node in (P1, P2):
+        fields = {"id": group.role.state.start}
+        group.do(group.role.received(LINKS[node], Message.COPIED, fields, group.now_s))
+    end, streams = group.role.state.end, group.role.streams
+    assert end
+    group.now_s += 1
+    group.do(group.role.round(group.now_s))
+    for stream in streams.by_node.values():
+        stream.sent = stream.durable
+        group.do(streams.transmitted(stream.node, stream.link, stream.sent, 0))
+    sent = group.do(group.role.pairing.split(writable=False, now_s=group.now_s))
+    assert Message.SPLIT not in kinds(sent), "the secondaries are at no number of their own yet"
+    for node in (S1, S2):
+        fields = {"epoch_number": 1, "number": end, "applied": 0, "credit": FREE}
+        sent += group.do(group.role.received(LINKS[node], Message.PREPARED, fields, group.now_s))
+    assert [fields["number"] for _, kind, fields in sent if kind == Message.SPLIT] == [end, end]
+    assert group.pair.name == "PSUS"
+
+
 def test_12_a_primary_that_is_away_does_not_hold_the_ring_for_the_others() -> None:
     """Its records are kept beside the ring, durably; only then may they leave it."""
     group = Group()

@@ -54,6 +54,7 @@ def parse() -> argparse.Namespace:
     add("--every", type=float, metavar="SECONDS", help="mean time between faults")
     add("--duplicate", type=float, metavar="SHARE", help="of messages that come a second time")
     add("--only", type=kinds, metavar="KIND,…", help="these faults only")
+    add("--strict", action="store_true", help="a peer that finds another at fault is a violation, though it heals")
     less = parser.add_argument_group("what the shrinker leaves out")
     add = less.add_argument
     add("--until", type=float, metavar="SECONDS", help="faults and hosts stop then")
@@ -73,7 +74,7 @@ def options_of(args: argparse.Namespace) -> Options:
         faults=args.only if args.only is not None else planted.faults,
         duplicate=planted.duplicate if args.duplicate is None else args.duplicate,
         volumes_mode=args.volumes_mode and args.volumes_mode == "True", until_s=args.until, keep=args.faults,
-        salt=args.salt,
+        salt=args.salt, strict=args.strict,
     )  # fmt: skip
 
 

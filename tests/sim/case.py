@@ -76,6 +76,8 @@ class Case:
             value = getattr(options, name)
             if value != getattr(usual, name):
                 words.append(f"{flag} {_argument(value)}")
+        if options.strict:
+            words.append("--strict")
         if self.planted:
             words.append(f"--planted {self.planted}")
         return " ".join(words)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from random import Random
 from typing import Any
 from unittest import mock
@@ -52,6 +52,7 @@ class Options:
     faults: tuple[str, ...] | None = None
     volumes_mode: bool | None = None  # the intermediate keeps images, at the beginning
     duplicate: float | None = None  # how often a message comes a second time
+    strict: bool = False  # a peer that finds another at fault is a violation
     # For the shrinker: the same run with less in it.
     until_s: float | None = None  # hosts and faults end then
     keep: frozenset[int] | None = None  # faults of the plan, by number
@@ -79,7 +80,6 @@ class Result:
     reforms: int = 0
     copied_bytes: int = 0  # after reforms, in blocks of the bitmap
     differed_bytes: int = 0  # then
-    odd: dict[str, int] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
@@ -123,6 +123,7 @@ class Group:
         random = chance or Random(f"{seed} layout")
         self.network = Network(world)
         self.network.duplicate = random.choice([0, 0, 0.01])
+        self.network.strict = options.strict
         if options.duplicate is not None:
             self.network.duplicate = options.duplicate
         ring = random.choice([128 << 10, 256 << 10, 1 << 20])
@@ -238,7 +239,7 @@ class Group:
         result, oracle, world = self.result, self.oracle, self.world
         result.steps, result.records, result.completions = world.steps, len(oracle.records), oracle.completions
         result.supersets = self._superset.count
-        result.errors, result.digests, result.odd = self.hosts.errors, self.hosts.digests, world.odd
+        result.errors, result.digests = self.hosts.errors, self.hosts.digests
         result.taken_over = oracle.taken_over_at is not None
         return result
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from blockrepl.block import Buffer
 from blockrepl.chunks import Chunk, ChunkPool
-from blockrepl.node.links import LinkTable
+from blockrepl.errors import BlockreplError
+from blockrepl.node.links import Connection, LinkTable
+from tests.sim.world import Violation
 
 if TYPE_CHECKING:
     from tests.sim.process import Process
@@ -231,6 +233,13 @@ class SimLinkTable(LinkTable):
         self.process = process
         self.make_stream = SimStream
 
+    def break_off(self, connection: Connection, error: BlockreplError) -> None:
+        """Where the run is strict, whoever finds its peer at fault has found a bug, unless messages came twice."""
+        process = self.process
+        if process.network.strict and not process.network.repeated:
+            raise Violation(f"{process.name} finds its peer {connection.peer} at fault: {error}")
+        super().break_off(connection, error)
+
 
 class Network:
     """Who may talk to whom. ``duplicate``: how often a message comes again, on its connection or a later one."""
@@ -240,6 +249,8 @@ class Network:
         self.processes: dict[str, Process] = {}
         self.connections: list[SimConnection] = []
         self.duplicate = 0.0
+        self.repeated = False  # a message came twice
+        self.strict = False  # what closes a link and heals itself is a violation too
         self.late_dials: dict[str, float] = {}  # by process: what it sends on its next connection comes so late
         self._cuts: dict[tuple[str, str], int] = {}  # from, to
         self._old: dict[tuple[str, str], list[bytes]] = {}
@@ -249,7 +260,10 @@ class Network:
         random, old = self.world.random, self._old.setdefault((sender, receiver), [])
         if random.random() < self.duplicate:
             old.append(data)
-        return [random.choice(old)] if old and random.random() < self.duplicate else []
+        if not old or random.random() >= self.duplicate:
+            return []
+        self.repeated = True
+        return [random.choice(old)]
 
     def is_cut(self, sender: str, receiver: str) -> bool:
         """Whether nothing passes from one machine to another."""

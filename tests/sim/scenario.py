@@ -38,7 +38,7 @@ class Scenario:
 
     def __init__(self, story: str = "pairs", *, ring_bytes: int = 1 << 20, **policy: Any) -> None:
         """``story`` "never" is the fence level; ``policy``: fields of `Policy`."""
-        self.group = Group(0, Options(story=story, volumes=2, blocks=64, ring_bytes=ring_bytes), Steady())
+        self.group = Group(0, Options(story=story, volumes=2, blocks=64, ring_bytes=ring_bytes, strict=True), Steady())
         layout = self.group.layout
         policy = {"hold_s": NEVER, "suspend_when_full": False} | policy
         layout.policy = replace(layout.policy, **policy)
@@ -220,6 +220,10 @@ class Scenario:
     def image(self, name: str, volume: int) -> bytes:
         """What a process finds in a volume."""
         return bytes(self.group.processes[name].machine.files[f"volume {volume}"].cache)
+
+    def until_copying(self) -> None:
+        """Both secondaries have stored that they copy."""
+        self.until(lambda: self._copying("s1") and self._copying("s2"), "a copy at both")
 
     def _copying(self, name: str) -> bool:
         return bool(self.group.secondary(name).host.role.state.copying)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from blockrepl.formats.journal import RING_OFFSET
+from blockrepl.formats.link import Pair
 from blockrepl.replication.opening import Phase as OpeningPhase
 from blockrepl.replication.takeover import Phase as TakeoverPhase
 from blockrepl.replication.takeover import Takeover
 from tests.sim.oracle import demand
 from tests.sim.scenario import Scenario
 
+SMALL_RING = 128 << 10
 FRAME = 4096  # of a record of one block
 
 
@@ -92,6 +94,36 @@ def takeover_interrupted_behind_a_rollback() -> None:
     s.until_equal()
 
 
+def split_right_behind_an_end() -> None:
+    """Rule 18: a split is asked for while END is under way: s2, whose disk is slow, splits when its copy has ended."""
+    for rejoins_at_once in (False, True):
+        _split_behind_an_end(rejoins_at_once=rejoins_at_once)
+
+
+def _split_behind_an_end(*, rejoins_at_once: bool) -> None:
+    s = Scenario(ring_bytes=SMALL_RING)
+    s.start()
+    s.full_split()
+    s.pair("resync")
+    s.until(lambda: bool(s.pairing._owner.state.end), "the END is numbered")
+    end, prepared = s.pairing._owner.state.end, s.group.oracle.prepared
+    s.until(lambda: min(prepared.values()) >= end, "both say that they hold it")
+    s.given(s.group.oracle.validate_sent < end, "that has not arrived")
+    s.group.secondary("s2").disk.slow_until_s = s.world.now_s + 5
+    s.pair("split")
+    s.until_pair(Pair.PSUS)
+    states = [s.group.secondary(name).host.role.state for name in ("s1", "s2")]
+    if rejoins_at_once:
+        s.until_said("i → s2  SPLIT")
+        s.given(bool(states[1].copying), "s2 still ends its copy")
+    else:
+        s.until(lambda: all(state.split for state in states), "the split of both")
+        demand(not any(state.copying for state in states), "18: split, and copying")
+    s.pair("resync")
+    s.until_equal()
+
+
 SCENARIOS: list[Callable[[], None]] = [
     torn_tail, late_records_after_a_promise, takeover_interrupted_behind_a_rollback,
+    split_right_behind_an_end,
 ]  # fmt: skip

@@ -83,7 +83,7 @@ class SitesGroup(Group):
         result, oracle, world, operator = self.result, self.oracle, self.world, self.operator
         result.steps, result.records, result.completions = world.steps, len(oracle.records), oracle.completions
         result.errors = sum(hosts.errors for hosts in self.sites_hosts)
-        result.digests, result.odd = sum(hosts.digests for hosts in self.sites_hosts), world.odd
+        result.digests = sum(hosts.digests for hosts in self.sites_hosts)
         result.taken_over = oracle.taken_over_at is not None
         result.takeovers, result.swaps, result.replaced = operator.takeovers, operator.swaps, operator.replaced
         result.reforms, result.copied_bytes, result.differed_bytes = (

@@ -40,7 +40,6 @@ class World:
         self.trace: deque[tuple[float, str, str]] = deque(maxlen=TRACE_LINES)
         self.on_say: Callable[[str, str], None] | None = None
         self.checks: list[Callable[[], None]] = []
-        self.odd: dict[str, int] = {}  # links broken off by a ProtocolError, by its words
         self._heap: list[tuple[float, int, Callable[[], None], Process | None, int]] = []
         self._count = 0
 
