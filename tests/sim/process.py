@@ -30,7 +30,7 @@ from blockrepl.node.opener_run import Opener as OpenerRole
 from blockrepl.node.own_images import settle_mode
 from blockrepl.node.primary_host import PrimaryHost, PrimaryVolume
 from blockrepl.node.secondary_host import SecondaryHost
-from blockrepl.replication.actions import Action, Close, Event, Send
+from blockrepl.replication.actions import Action, Close, Event, Send, SyncVolumes
 from blockrepl.replication.intermediate import Intermediate
 from blockrepl.replication.policy import Policy
 from blockrepl.replication.primary import Phase as PrimaryPhase
@@ -43,7 +43,7 @@ from blockrepl.storage.slots import Identity, Slots
 from tests.sim.bits import SimBitmaps
 from tests.sim.disk import SimDisk, SimFile, SimImage, SimJournalFile, SimSlotFile, SimUndoFile
 from tests.sim.network import Network, SimLinkTable, SimSocket
-from tests.sim.world import GROUP, Killed, Machine, World
+from tests.sim.world import GROUP, Killed, Machine, Violation, World
 
 BLOCK = 512
 UNDO_BLOCK = 4096  # of the undo file
@@ -125,7 +125,10 @@ class Watcher:
         """A data node is durably a source of the group that was formed anew."""
 
     def rejoining(self, process: Any, resync: int) -> None:
-        """A suspended primary takes part in a resync: until its state says so nothing is stored in its P-VOLs."""
+        """A suspended primary takes part in a resync, and is about to sync its P-VOLs for it.
+
+        What it took alone is stored in them by now; until its state says so nothing else is.
+        """
 
     def storing(self, process: Any, batch: Any, volume: int) -> None:
         """A primary is about to store a host's batch in its P-VOL."""
@@ -417,24 +420,27 @@ class WatchedPrimaryHost(PrimaryHost):
 
 def watch_primary(process: Process, role: Primary) -> None:
     """Tell the oracle what becomes of hosts' batches."""
-    add, write, go = role.queue.add, role.suspension.write, role.machine.go
+    add, write = role.queue.add, role.suspension.write
 
     def note(record: Any) -> None:
         process.watcher.submitted(process, record.batch, role.state.incarnation, record.number)
         add(record)
 
     def alone(volume: int, batch: Any, *, report: bool = True) -> list[Action]:
+        if role.rejoining or role.resyncing.begins:
+            raise Violation(f"17: {process.name} takes a write alone, and RESYNC has come")
         process.watcher.taken_alone(batch)
         return write(volume, batch, report=report)
 
-    def step(event: str) -> PrimaryPhase:
-        if event == "resync":
-            process.watcher.rejoining(process, (role.resyncing._pending or {})["id"])
-        return go(event)
+    def sync_volumes(then: Callable[[float], list[Action]]) -> SyncVolumes:
+        preparing = role.resyncing._preparing
+        if role.rejoining and role.state.suspended and preparing is not None:  # else it is a checkpoint's
+            process.watcher.rejoining(process, preparing["id"])
+        return Primary.sync_volumes(role, then)
 
     role.queue.add = note  # type: ignore[method-assign]
     role.suspension.write = alone  # type: ignore[method-assign]
-    role.machine.go = step  # type: ignore[method-assign]
+    role.sync_volumes = sync_volumes  # type: ignore[method-assign]
 
 
 class PrimaryProcess(Process):

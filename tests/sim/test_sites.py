@@ -130,6 +130,31 @@ def test_21_a_takeback_brings_the_delta_and_nothing_else(talk: Transcript) -> No
     assert 0 < group.oracle.copied_bytes <= 1.05 * group.oracle.differed_bytes
 
 
+def test_17_a_write_taken_alone_right_before_a_resync_begins_is_in_what_the_resync_brings(talk: Transcript) -> None:
+    """Its bits are on their way to the disk when RESYNC comes: it is stored first, and then the P-VOLs are synced."""
+    group = sites(talk)
+    roles = [each.primary.role for each in (group.data("p1"), group.data("p2")) if each.primary is not None]
+    middle = group.intermediate.host.role
+    middle.policy = replace(middle.policy, fence_never=True)
+    for each in roles:
+        each.policy = replace(each.policy, fence_never=True)
+    group.network.cut("p1", "i")
+    talk.quiet(3)
+    group.network.heal_all()
+    talk.quiet()
+    role = roles[0]
+    assert role.suspension.completes
+    assert not group.pair("resync")
+    group.world.run(group.world.now_s + 5, lambda: any("i → p1" in line and "RESYNC" in line for line in talk.lines))
+    newer = talk.write(1, 3, fill=b"new")
+    group.world.run(group.world.now_s + 5, lambda: role.resyncing.begins)
+    assert len(role.solo) == 1
+    talk.quiet(4)
+    assert newer.solo
+    assert group.quiet()
+    group.check_equal()
+
+
 BREAKS: list[tuple[Planted, Callable[[Transcript], None]]] = [
     (planted_sites.formed_anew_at_a_number_that_nobody_was_at,
      test_25_a_takeover_right_behind_a_replacement_presents_no_torn_volumes),
