@@ -128,7 +128,11 @@ class Copying:
         owner, newest = self._owner, self.newest
         if owner.state.split:
             raise ProtocolError(f"START {head.first}, but {owner.name} is split: REJOIN comes first")
-        if head.flags & RecordFlag.INITIAL or (newest is not None and not newest.end):
+        if head.flags & RecordFlag.INITIAL:
+            return
+        if self._goes_lower(number) and max(owner.applied, self._asked) > number:
+            raise ProtocolError(f"START {head.first} would go back to {number}, more is applied here")
+        if newest is not None and not newest.end:
             return
         if number >= head.first or (jump and number > owner.held):
             raise ProtocolError(f"START {head.first} would go back to {number}, but only {owner.held} is held here")
@@ -144,10 +148,21 @@ class Copying:
             if newest is not None and not newest.end:
                 newest.end = head.last
             return
+        if self._goes_lower(number):
+            self.spans[0].copy_from = number  # not everybody got as far as that START
+            while len(self.spans) > 1:
+                self.spans.pop()
+            self.spans[0].end = 0
+            return
         if newest is not None and (not newest.end or number < newest.end):
             newest.end = 0  # one copy goes on: not everybody got as far as that END
             return
         self.spans.append(Span(head.first, number, bool(head.flags & RecordFlag.INITIAL)))
+
+    def _goes_lower(self, number: int) -> bool:
+        """Whether a START means that nobody has begun the copies held here, and all go back to less than they said."""
+        first = self.spans[0] if self.spans and self.stage is Stage.PLAIN else None
+        return first is not None and not first.initial and number < first.copy_from
 
     def cut(self, number: int) -> None:
         """What lies above ``number`` is discarded."""

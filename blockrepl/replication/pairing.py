@@ -94,7 +94,8 @@ class Pairing:
         self.machine: Machine[Step] = Machine(TABLE, Step.STARTING if state.pair == Pair.COPY else Step.IDLE)
         self._starts: list[tuple[int, int]] = []  # (secondary, number before its START that is skipped to, or 0)
         self._starts_through = 0  # the number of the last START given
-        self.marked = state.at  # every record up to it is in the bitmaps, or never needed there
+        self._first = 0  # the first START since the last copy ended; 0: none, or numbered by an earlier process
+        self.marked = min(state.at, state.validated) if state.start else state.at  # every record up to it is in the bitmaps, or never needed there
         self.high_water = False
         self.reason = ""
         self._copied: set[int] = set()  # primaries that have sent everything
@@ -137,6 +138,8 @@ class Pairing:
                 self.machine.go("copied")
         if state.start:
             owner.streams.skips = dict(self._starts)
+            if any(skip for _, skip in self._starts) or (state.pair == Pair.COPY and state.limited):
+                owner.streams.floor = state.start
 
     def durable_starts(self) -> list[tuple[int, int]]:
         """For the state: the STARTs, once they are durable."""
@@ -333,6 +336,8 @@ class Pairing:
         state.limited, state.pair, state.auto = True, int(pair), pair is Pair.PFUS
         if not state.start:
             self.marked = streams.validated
+        elif streams.validated < state.start:  # some were to be sent what lies before the START: it may be bits now
+            self.marked = min(self.marked, streams.validated)
         streams.stop()
         self.reason = why
         actions: list[Action] = [Event(f"{pair.name}: {why}", {"at": self.suspended_at})]
@@ -447,7 +452,12 @@ class Pairing:
         self.machine.go("marked")
         if not state.start:
             state.at = self.suspended_at if state.limited else owner.numbered
+            self._first = owner.numbered + 1
+        elif state.limited and owner.streams.validated < self._first:
+            state.at = owner.streams.validated  # no secondary has begun to copy, and not all come as far as that START
         state.start = owner.numbered + 1
+        if state.limited:
+            owner.streams.floor = state.start  # nobody applies more in order: ``at`` is decided
         state.pair, state.numbering, state.auto, state.end, state.starts = int(Pair.COPY), True, False, 0, []
         if state.verify:  # whole again at its end, when all of them were compared
             state.filled, state.filling = False, self.local_source

@@ -72,6 +72,7 @@ class Streams:
         self._bytes_since_round = 0
         self.rounds_number = 0  # the number of the newest round
         self.limit: Round | None = None  # hop 2 is suspended, or about to be: nothing above it is sent or prepared
+        self.floor = 0  # what lies below is validated only together with it: a START that jumps there
         self.skips: dict[int, int] = {}  # secondary → the number before its START: what lies below is never sent
 
     @property
@@ -261,6 +262,8 @@ class Streams:
     def _raise_validated(self) -> None:
         counter = self.valid_counter
         self.confirmed = max(self.confirmed, counter)
+        if counter < self.floor:
+            return
         self.validated = max(self.validated, counter)
         while self._rounds and self._rounds[0].number <= counter:
             self._rounds.popleft()

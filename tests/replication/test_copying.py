@@ -370,3 +370,19 @@ def test_25_an_intermediate_that_replaces_a_lost_one_is_let_in_though_it_counts_
     assert greeted(9, TWO, 1) == ["Close", "WELCOME"]
     assert greeted(10, ONE, 3)[-1] == "WELCOME", "the lost one's HELLO, read late"
     assert greeted(11, TWO, 1) == ["Close", "WELCOME"], "locks the new one out for no longer than that"
+
+
+def test_20_a_copy_that_has_not_begun_goes_back_to_the_lower_number_that_a_later_start_says() -> None:
+    """Found by the simulator: another secondary never got as far as the first START says."""
+    role = following(held=12, prepared=12, validated=8, applied=8)
+    control(role, RecordKind.START, 14, 12, 12)
+    control(role, RecordKind.START, 16, 14, 8, JUMP)
+    promised = _promise(role)
+    assert (promised["copying"], promised["copy_from"]) == (True, 8)
+
+
+def test_20_a_later_start_never_lowers_the_number_below_what_is_applied() -> None:
+    role = following(held=12, prepared=12, validated=10, applied=10)
+    control(role, RecordKind.START, 14, 12, 12)
+    with pytest.raises(ProtocolError, match="more is applied"):
+        control(role, RecordKind.START, 16, 14, 8, JUMP)

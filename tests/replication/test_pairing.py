@@ -688,3 +688,34 @@ def test_12_a_primary_whose_newest_batches_do_not_fit_the_ring_yet_holds_nothing
     chunk, size = raw_batch(1, sender=P2)
     group.role.batch(LINKS[P2], decode_batch(chunk.view), chunk, 0, size, 0.0, 0)  # appended, and never durable
     assert group.role.releasable == 1
+
+
+def test_20_a_start_that_jumps_goes_back_to_what_all_got_when_none_had_got_the_one_before_it() -> None:
+    """Found by the simulator: s1 had 3 when the first START said 6; the next one jumps, and 6 never comes there."""
+    group = Group()
+    group.join()
+    for number in (1, 2, 3):
+        group.write(P1, number)
+    group.prepare(3)
+    for number in (4, 5, 6):
+        group.write(P1, number)
+    group.do(group.role.pairing.stop_numbering("a primary was alone"))
+    resync(group)
+    assert {control_number(append.record) for append in group.appended[-2:]} == {6}
+    group.do(group.role.pairing.split(writable=False, now_s=group.now_s))
+    group.do(group.role.received(LINKS[P1], Message.CHECKPOINT, {"number": 6}, 0.0))
+    assert group.role.releasable == 3, "4 to 6 are no bits yet, and not everybody has them"
+    group.marked.clear()
+    resync(group)
+    assert {control_number(append.record) for append in group.appended[-2:]} == {3}
+    assert [(mark.after, mark.through) for mark in group.marked] == [(3, 8)]
+
+
+def test_20_a_start_that_jumps_keeps_the_number_of_one_that_may_have_begun() -> None:
+    group = split_group()
+    group.bitmaps[1].mark(0, 1)
+    resync(group)
+    group.prepare(group.role.numbered)
+    group.do(group.role.pairing.split(writable=False, now_s=group.now_s))
+    resync(group)
+    assert {control_number(append.record) for append in group.appended[-2:]} == {3}
