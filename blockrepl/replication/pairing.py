@@ -95,7 +95,8 @@ class Pairing:
         self._starts: list[tuple[int, int]] = []  # (secondary, number before its START that is skipped to, or 0)
         self._starts_through = 0  # the number of the last START given
         self._first = 0  # the first START since the last copy ended; 0: none, or numbered by an earlier process
-        self.marked = min(state.at, state.validated) if state.start else state.at  # every record up to it is in the bitmaps, or never needed there
+        # Every record up to it is in the bitmaps, or never needed there; a START may say more than all have got.
+        self.marked = min(state.at, state.validated) if state.start else state.at
         self.high_water = False
         self.reason = ""
         self._copied: set[int] = set()  # primaries that have sent everything
@@ -139,7 +140,7 @@ class Pairing:
         if state.start:
             owner.streams.skips = dict(self._starts)
             if any(skip for _, skip in self._starts) or (state.pair == Pair.COPY and state.limited):
-                owner.streams.floor = state.start
+                self._raise_floor()
 
     def durable_starts(self) -> list[tuple[int, int]]:
         """For the state: the STARTs, once they are durable."""
@@ -457,7 +458,7 @@ class Pairing:
             state.at = owner.streams.validated  # no secondary has begun to copy, and not all come as far as that START
         state.start = owner.numbered + 1
         if state.limited:
-            owner.streams.floor = state.start  # nobody applies more in order: ``at`` is decided
+            self._raise_floor()
         state.pair, state.numbering, state.auto, state.end, state.starts = int(Pair.COPY), True, False, 0, []
         if state.verify:  # whole again at its end, when all of them were compared
             state.filled, state.filling = False, self.local_source
@@ -465,6 +466,14 @@ class Pairing:
         self._copied.clear()
         self._own_copied = False
         return [owner.save(self._stored)]
+
+    def _raise_floor(self) -> None:
+        """``at`` is decided: what lies between it and the last of the STARTs that jump is validated only with that one.
+
+        Else a late PREPARED would make a secondary begin the copy of an older START, which may go back to more.
+        """
+        streams = self._owner.streams
+        streams.floor = self._owner.state.start + len(streams.by_node) - 1
 
     def _stored(self, now_s: float) -> list[Action]:
         """COPY is stored: number one START per stream, all at once; nothing comes between the bits and them."""

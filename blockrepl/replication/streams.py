@@ -72,7 +72,7 @@ class Streams:
         self._bytes_since_round = 0
         self.rounds_number = 0  # the number of the newest round
         self.limit: Round | None = None  # hop 2 is suspended, or about to be: nothing above it is sent or prepared
-        self.floor = 0  # what lies below is validated only together with it: a START that jumps there
+        self.floor = 0  # what lies below is validated only together with it
         self.skips: dict[int, int] = {}  # secondary → the number before its START: what lies below is never sent
 
     @property

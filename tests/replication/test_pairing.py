@@ -719,3 +719,31 @@ def test_20_a_start_that_jumps_keeps_the_number_of_one_that_may_have_begun() -> 
     group.do(group.role.pairing.split(writable=False, now_s=group.now_s))
     resync(group)
     assert {control_number(append.record) for append in group.appended[-2:]} == {3}
+
+
+def test_20_a_late_answer_validates_nothing_below_a_start_that_jumps_to_less() -> None:
+    """Else a secondary without that START begins a copy that goes back to more than the other's."""
+    group = Group()
+    group.join()
+    for number in (1, 2, 3):
+        group.write(P1, number)
+    group.prepare(3)
+    for number in (4, 5, 6):
+        group.write(P1, number)
+    group.do(group.role.pairing.stop_numbering("a primary was alone"))
+    resync(group)
+    streams = group.role.streams
+    group.now_s += 1
+    group.do(group.role.round(group.now_s))
+    for stream in streams.by_node.values():
+        group.do(streams.transmitted(stream.node, stream.link, stream.durable, 0))
+    group.do(group.role.pairing.split(writable=False, now_s=group.now_s))
+    resync(group)
+    late = {"epoch_number": 1, "number": 8, "applied": 0, "credit": FREE}
+    sent = []
+    for node in (S1, S2):
+        sent += group.do(group.role.received(LINKS[node], Message.PREPARED, late, group.now_s))
+    assert Message.VALIDATE not in kinds(sent)
+    assert streams.validated == 3
+    group.prepare(group.role.numbered)
+    assert streams.validated == group.role.numbered == 10
