@@ -123,7 +123,7 @@ class Streams:
         between may be bits by now, and the next record that the journal holds would be a gap.
         """
         self._rounds.clear()
-        self.rounds_number = max(self.rounds_number, self.validated)
+        self.rounds_number = self.validated  # once it is lifted, who was away is asked about the rest as well
         self.limit = Round(self.validated, {node: s.sent for node, s in self.by_node.items()}, again=False)
 
     def jump(self, starts: list[tuple[int, int]], numbered: int) -> None:

@@ -747,3 +747,23 @@ def test_20_a_late_answer_validates_nothing_below_a_start_that_jumps_to_less() -
     assert streams.validated == 3
     group.prepare(group.role.numbered)
     assert streams.validated == group.role.numbered == 10
+
+
+def test_a_lifted_split_asks_those_about_the_rest_who_were_away_when_a_round_was_open() -> None:
+    """Found by the simulator: the round had been asked of s2 only, and no other followed it."""
+    group = Group()
+    group.join()
+    group.write(P1, 1)
+    group.prepare(1)
+    group.do(group.role.lost(LINKS[S1], group.now_s))
+    group.write(P1, 2)
+    group.now_s += 1
+    group.do(group.role.round(group.now_s))
+    group.do(group.role.pairing.split(writable=False, now_s=group.now_s))
+    group.do(group.role.connected(LINKS[S1], S1, NONCE, group.now_s))
+    held = report(S1, through=1, prepared=1, validated=1)
+    group.do(group.role.received(LINKS[S1], Message.WELCOME, held, group.now_s))
+    resync(group)
+    assert group.pair.name == "PAIR"
+    group.prepare(2)
+    assert group.role.streams.validated == 2
