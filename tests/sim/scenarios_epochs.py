@@ -94,6 +94,41 @@ def takeover_interrupted_behind_a_rollback() -> None:
     s.until_equal()
 
 
+def split_before_the_start_of_a_verify_arrived() -> None:
+    """Rule 20: a verify is split before s2 has what goes before its START: the next one goes back to less, for all."""
+    for takes_over in (False, True):
+        s = Scenario(round_s=3.0)
+        s.start()
+        s.written(2, 4)
+        s.quiet(3.2)
+        s.written(2, 5)  # to be sent with the next round
+        s.pair("verify")
+        s.until_said("s2 → i  REJOINED")
+        network = s.group.network
+        network.cut("i", "s2", both=False)
+        s.until_said("RESYNC")
+        s.given(s.group.secondary("s2").host.role.held < s.pairing.suspended_at, "s2 lacks what goes before START")
+        s.pair("split")
+        for connection in network.connections:
+            if {process.name for process in connection.processes} == {"i", "s2"}:
+                connection.drop()
+        network.heal("i", "s2", both=False)
+        s.until_pair(Pair.PSUS)
+        s.until_joined()
+        s.written(1, 6)
+        if takes_over:
+            s.pair("resync", 1)
+            s.until_copying()
+            back = s.pairing._owner.state.at
+            s.given(not s.pairing._owner.state.end, "no END yet")
+            s.burn()
+            number = s.take_over("s1").report.number
+            demand(number == back, f"8: went to {number}, the resync goes back to {back}")
+        else:
+            s.pair("resync")
+            s.until_equal()
+
+
 def split_right_behind_an_end() -> None:
     """Rule 18: a split is asked for while END is under way: s2, whose disk is slow, splits when its copy has ended."""
     for rejoins_at_once in (False, True):
@@ -125,5 +160,5 @@ def _split_behind_an_end(*, rejoins_at_once: bool) -> None:
 
 SCENARIOS: list[Callable[[], None]] = [
     torn_tail, late_records_after_a_promise, takeover_interrupted_behind_a_rollback,
-    split_right_behind_an_end,
+    split_before_the_start_of_a_verify_arrived, split_right_behind_an_end,
 ]  # fmt: skip
