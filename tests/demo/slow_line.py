@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import sys
 
 PIECE_BYTES = 1 << 18
@@ -44,7 +45,9 @@ async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, dela
 
 
 async def line(listen_port: int, target_port: int, delay_s: float) -> None:
-    """Until it is killed."""
+    """Until it is killed, or who started it has ended."""
+
+    parent = os.getppid()
 
     async def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -58,7 +61,8 @@ async def line(listen_port: int, target_port: int, delay_s: float) -> None:
     server = await asyncio.start_server(accepted, "127.0.0.1", listen_port)
     print("listening", flush=True)
     async with server:
-        await server.serve_forever()
+        while os.getppid() == parent:  # noqa: ASYNC110  # killed, it cannot end us, and nothing tells us
+            await asyncio.sleep(0.2)
 
 
 if __name__ == "__main__":

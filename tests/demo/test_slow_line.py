@@ -73,3 +73,17 @@ def test_what_is_on_the_way_does_not_arrive_when_the_line_is_killed(far_end: soc
         process.kill()
         assert read_all(far) == b""
         far.close()
+
+
+def test_a_line_whose_starter_was_killed_ends(far_end: socket.socket) -> None:
+    """It is to be in nobody's way after a demo that got SIGKILL."""
+    port = str(far_end.getsockname()[1])
+    start = "import subprocess, sys; print(subprocess.Popen(sys.argv[1:]).pid, flush=True); sys.stdin.read()"
+    argv = [sys.executable, "-c", start, sys.executable, "-m", "tests.demo.slow_line", "0", port, "0"]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True) as starter:
+        assert starter.stdout is not None
+        pid = int(starter.stdout.readline())
+        assert starter.stdout.readline() == "listening\n"
+        starter.kill()
+        assert starter.stdout.read() == "", "the line holds the pipe until it ends"
+    assert not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_bytes()

@@ -58,6 +58,11 @@ class Pdu:
     def tag(self) -> int:
         return self.word(16)
 
+    @property
+    def ends_login(self) -> bool:
+        """A Login Response into the full feature phase (RFC 7143, 11.13)."""
+        return self.opcode == Op.LOGIN_RESPONSE and self.flags & 0x83 == 0x83
+
     def word(self, at: int) -> int:
         value: int = struct.unpack_from(">I", self.header, at)[0]
         return value
@@ -147,10 +152,13 @@ class Reader:
         self._rest = b""
 
     def feed(self, content: bytes) -> list[Pdu]:
-        """Every PDU that is whole. Raises MalformedError for a wrong digest or an opcode no target may send."""
+        """Every PDU that is whole, but none behind a login's end: the caller sets the digests of what follows first.
+
+        Raises MalformedError for a wrong digest or an opcode no target may send.
+        """
         self._rest += content
-        found = []
-        while (pdu := self._next()) is not None:
+        found: list[Pdu] = []
+        while not (found and found[-1].ends_login) and (pdu := self._next()) is not None:
             found.append(pdu)
         return found
 
