@@ -1,4 +1,4 @@
-"""Makes images durable: those that were written since they last were."""
+"""Makes images durable: all of them once, then those that were written since they last were."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ class VolumeSync:
         self._images = images
         self._disk = disk
         self._workers = workers
-        self._unsynced: dict[int, int] = {}  # volume → which touch was the last; no two have the same number
+        # Volume → which touch was the last; no two have the same number. What a killed process wrote may be in the page
+        # cache only, and a primary that was alone never writes it again.
+        self._unsynced = dict.fromkeys(images, 0)
         self._touches = 0
 
     def touch(self, volumes: Iterable[int]) -> None:

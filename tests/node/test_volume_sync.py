@@ -39,7 +39,19 @@ class Soon:
 def made() -> tuple[VolumeSync, SlowDisk, list[OSError | None]]:
     disk = SlowDisk()
     images: Any = {volume: SimpleNamespace(fd=100 + volume) for volume in (1, 2)}
-    return VolumeSync(images, disk, Soon()), disk, []
+    sync = VolumeSync(images, disk, Soon())
+    sync.sync(lambda _: None)
+    assert [disk.end(), disk.end()] == [101, 102]
+    return sync, disk, []
+
+
+def test_the_first_sync_covers_what_a_killed_process_left_in_the_page_cache() -> None:
+    """A primary that was alone never writes it again, and its bits are cleared at the end of the resync."""
+    disk, told = SlowDisk(), []  # type: tuple[SlowDisk, list[OSError | None]]
+    images: Any = {volume: SimpleNamespace(fd=100 + volume) for volume in (1, 2)}
+    VolumeSync(images, disk, Soon()).sync(told.append)
+    assert [disk.end(), disk.end()] == [101, 102]
+    assert told == [None]
 
 
 def test_only_what_was_written_is_synced() -> None:
