@@ -256,11 +256,11 @@ class Primary:
         """Take a batch of one volume. It is completed by `StoreBatch` or, held too long, by `FailBatch`."""
         if self.machine.state is Phase.FAILED:
             return [FailBatch(volume, batch, "the primary stopped after a disk error")]
-        if self.suspension.completes and not self.queue:  # what waits since a fence goes first
-            return self.suspension.write(volume, batch)
         if len(self.locks) and self.locks.must_wait(volume, batch):
             self.locks.defer(volume, batch, now_s)
             return []
+        if self.suspension.completes and not self.queue:  # what waits since a fence goes first
+            return self.suspension.write(volume, batch)
         self.enqueue(volume, batch, now_s)
         return self.send_more()
 

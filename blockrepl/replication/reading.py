@@ -50,8 +50,7 @@ class Reading:
             for purpose, volume, start, end in self._owner.locks.abort()
             if purpose is Purpose.VERIFY
         ]
-        self._let_go()
-        return actions
+        return actions + self._let_go()
 
     def digested(self, token: int, block_bytes: int, digests: list[bytes], now_s: float) -> list[Action]:
         """The blocks of a locked range are read and digested."""
@@ -101,8 +100,7 @@ class Reading:
         if not data:
             if owner.resyncing.copier is not None:
                 owner.resyncing.copier.metadata_done(volume)
-            self._let_go()
-            return owner.send_more()
+            return [*self._let_go(), *owner.send_more()]
         head, size = self._encode(
             RecordKind.UPDATE, volume, [Op.METADATA], [0], [len(data)], [data], len(data), RecordFlag.COPY
         )  # fmt: skip
@@ -129,12 +127,14 @@ class Reading:
         owner = self._owner
         owner.queue.add(record)
         owner.next_batch += 1
-        self._let_go()
-        return owner.send_more()
+        return [*self._let_go(), *owner.send_more()]
 
-    def _let_go(self) -> None:
-        for volume, batch, since_s in self._owner.locks.let_go():
-            self._owner.enqueue(volume, batch, since_s)
+    def _let_go(self) -> list[Action]:
+        """What waited goes on its way: to the group, or, while the primary is alone, without it."""
+        owner = self._owner
+        for volume, batch, since_s in owner.locks.let_go():
+            owner.enqueue(volume, batch, since_s)
+        return owner.suspension.complete_waiting()
 
 
 def _parts(data: bytes | bytearray) -> Iterator[tuple[int, int, int]]:

@@ -86,7 +86,7 @@ def test_a_takeover_at_any_moment_gives_a_number_of_the_history(seed: int) -> No
 def test_a_takeover_in_mid_copy_goes_back_whatever_happened_since_the_start(seed: int) -> None:
     rig = filled(seed)
     back = rig.number
-    rig.copy = rig.start(back).number
+    rig.copy, rig.copy_from = rig.start(back).number, back
     some_steps(rig, "wcccpvpvpvskkxx", rig.random.randint(5, 30))
     rig.prepare()
     rig.settle()
