@@ -16,7 +16,7 @@ from tests.sim.planted_pairs import PLANTED as SCENARIOS
 from tests.sim.scenarios import play
 from tests.sim.world import Violation
 
-SEEDS = 30
+SEEDS = 200
 DOCUMENT = Path(__file__).parents[2] / "docs" / "planted.md"
 
 
