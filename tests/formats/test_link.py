@@ -43,7 +43,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "copying": st.booleans(), "split": st.booleans(), "rolling": st.booleans(), "verify": st.booleans(),
     "reform": st.booleans(),
     "initial": st.booleans(), "source": st.booleans(), "full": st.lists(st.integers(0, 65535), max_size=9),
-    "forget": st.booleans(), "whole": st.booleans(),
+    "forget": st.booleans(), "whole": st.booleans(), "recovered": st.booleans(), "alone": st.booleans(),
     "bits": st.binary(max_size=99), "block_bytes": st.integers(0, (1 << 32) - 1),
 }  # fmt: skip
 

@@ -135,8 +135,11 @@ def _opener(role: Any) -> None:
         role._answers = {node: {} for node in sorted(role._answers)}  # they are counted
     else:
         role._answers = dict(sorted(role._answers.items()))
-    if role.phase is not takeover.Phase.GREETING:
-        calls.welcomes = {node: {} for node in sorted(calls.welcomes)}  # the epochs in them were looked at
+    if role.phase in (takeover.Phase.DRAINING, takeover.Phase.PROMISING):  # whether the intermediate knows them all
+        kept = ("epoch", "rolling")
+        calls.welcomes = {node: {name: said[name] for name in kept} for node, said in calls.welcomes.items()}
+    elif role.phase is not takeover.Phase.GREETING:
+        calls.welcomes = {node: {} for node in calls.welcomes}  # the epochs in them were looked at
     calls.welcomes = dict(sorted(calls.welcomes.items()))
     calls.silent = dict.fromkeys(sorted(calls.silent), "")
     calls.links = dict(sorted(calls.links.items()))
