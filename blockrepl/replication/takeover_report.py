@@ -62,7 +62,7 @@ def reaches(answer: dict[str, Any], number: int) -> bool:
 def why_not_at_marker(name: str, answers: Mapping[str, dict[str, Any]]) -> str:
     """Why secondaries cannot all be brought to a marker, each by its name; empty when they can."""
     problems = []
-    for node, answer in answers.items():
+    for node, answer in sorted(answers.items()):
         number = answer["marker"]
         if not number:
             problems.append(f"{node} does not know it")
