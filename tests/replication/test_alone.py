@@ -8,7 +8,7 @@ from blockrepl.bitmap import Bitmap
 from blockrepl.block import Op
 from blockrepl.formats.link import Epoch, Message, Pair
 from blockrepl.formats.record import RecordFlag, RecordKind, decode_batch, iterate_entries
-from blockrepl.replication.actions import ReadBlocks, SaveBits, SaveState, SyncVolumes
+from blockrepl.replication.actions import DigestBlocks, ReadBlocks, SaveBits, SaveState, SyncVolumes
 from blockrepl.replication.policy import Policy
 from blockrepl.replication.primary import Phase
 from tests.replication.alone_host import BLOCK, NEVER, SIZE, Host, alone
@@ -430,3 +430,20 @@ def test_bits_of_others_volumes_are_refused() -> None:
     ):
         with pytest.raises(ProtocolError):
             host.role.received(host.link, Message.BITMAP, fields, 0.0)
+
+
+def test_3_behind_a_range_that_is_read_writes_keep_their_order_and_complete_though_the_primary_is_alone() -> None:
+    """A digest is read while a primary that is alone has met the intermediate again. What waited for it was left behind
+    until the resync, and overwrote then what a later write had completed meanwhile.
+    """
+    host = alone()
+    host.connect(pair=Pair.PSUE, numbering=False)
+    assert host.phase == "JOINED"
+    host.holds = {DigestBlocks}
+    host.do(host.role.digest(1, 0, BLOCK))
+    older = host.submit(1, 0)
+    later = host.submit(1, 0)
+    elsewhere = host.submit(1, 5 * BLOCK)
+    assert host.stored == [elsewhere]
+    host.let_go()
+    assert host.stored == [elsewhere, older, later]
