@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
 from typing import Any
 
 from blockrepl.block import Op
@@ -22,6 +21,7 @@ from blockrepl.replication.takeover import Takeover
 from blockrepl.storage.recovery import recover
 from blockrepl.storage.slots import Identity
 from tests.sim.disk import SimFile
+from tests.sim.history import SNAPSHOT_EVERY, Numbered
 from tests.sim.pairs import PairTruth
 from tests.sim.process import (
     IntermediateProcess,
@@ -33,17 +33,6 @@ from tests.sim.process import (
 )
 from tests.sim.world import GROUP, Violation, World
 from tests.sim.write import Write
-
-SNAPSHOT_EVERY = 50
-
-
-@dataclass(slots=True)
-class Numbered:
-    """A record of the history."""
-
-    head: RecordHead
-    record: bytes
-    write: Write | None
 
 
 def demand(truth: bool, text: str) -> None:
